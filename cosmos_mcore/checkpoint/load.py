@@ -1,0 +1,52 @@
+"""Puts weights under the original's names into the model chunks of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn import Parameter
+
+from cosmos_mcore.checkpoint.names import Entry, entries, local_value, original_shapes
+from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
+from cosmos_mcore.model.init import initial_tensor
+from cosmos_mcore.model.presets import ModelArch
+
+
+def global_parameters(chunks: Sequence[CosmosARModel]) -> Iterator[tuple[str, Parameter]]:
+    """This rank's parameters under names whose layer numbers count over the whole model, not over the stage."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+            yield ".".join(parts), parameter
+
+
+def named_entries(chunks: Sequence[CosmosARModel], arch: ModelArch) -> Iterator[tuple[Entry, Parameter]]:
+    """This rank's parameters, each with its entry in the name table."""
+    table = {}
+    for entry in entries(arch):
+        table[entry.ours] = entry
+        if entry.local is not None:
+            table[entry.local] = entry
+    for name, parameter in global_parameters(chunks):
+        yield table[name], parameter
+
+
+@torch.no_grad()
+def set_weights(chunks: Sequence[CosmosARModel], arch: ModelArch, get: Callable[[str], Tensor]) -> None:
+    """Sets every parameter of this rank from ``get``, which gives full tensors under the original's names."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for entry, parameter in named_entries(chunks, arch):
+        parameter.copy_(local_value(get, entry, arch, rank, size))
+
+
+def initialize_weights(chunks: Sequence[CosmosARModel], arch: ModelArch, seed: int) -> None:
+    """Draws the start weights: the same model for every parallel layout."""
+    device = next(chunks[0].parameters()).device
+    shapes = original_shapes(arch)
+    set_weights(chunks, arch, lambda name: initial_tensor(name, shapes[name], arch, seed, device))

@@ -1,0 +1,116 @@
+"""From the run's config to the model chunks of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
+
+from cosmos_mcore.config.derived import VideoLayout
+from cosmos_mcore.config.schema import ParallelConfig, RunConfig
+from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
+from cosmos_mcore.model.layer_specs import block_spec
+from cosmos_mcore.model.presets import ModelArch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def transformer_config(
+    arch: ModelArch, parallel: ParallelConfig, dtype: torch.dtype, transformer_engine: bool
+) -> TransformerConfig:
+    """Megatron's config of the model.
+
+    Args:
+        arch: the sizes.
+        parallel: the layout.
+        dtype: of parameters and activations.
+        transformer_engine: whether the layers are Transformer Engine's (GPUs) or local ones.
+    """
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.layernorm_epsilon,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        autocast_dtype=dtype if dtype is not torch.float32 else None,
+        # Weights are set after construction, equally in every layout (checkpoint/load.py). Initialisation itself must stay
+        # on: it also marks the parameters as tensor-parallel, which clipping and loading go by.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        use_cpu_initialization=not transformer_engine,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # Interleaved schedules with batched point-to-point calls give wrong gradients on gloo without an error.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=transformer_engine or not interleaved,
+        # Fused kernels exist on GPUs only.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=transformer_engine,
+        bias_activation_fusion=transformer_engine,
+        apply_rope_fusion=transformer_engine,
+        persist_layer_norm=transformer_engine,
+        attention_backend=AttnBackend.auto if transformer_engine else AttnBackend.unfused,
+        attention_softmax_in_fp32=True,
+    )
+
+
+def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device: torch.device) -> list[CosmosARModel]:
+    """Builds the model chunks of this rank (several only with virtual pipeline stages), weights not yet set.
+
+    Raises:
+        ValueError: on a GPU without Transformer Engine.
+    """
+    transformer_engine = device.type == "cuda"
+    if transformer_engine:
+        try:
+            import transformer_engine.pytorch  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"Transformer Engine cannot be imported ({error}); install the gpu extra or use an NGC PyTorch container"
+            ) from None
+    dtype = DTYPES[config.precision.dtype]
+    megatron_config = transformer_config(arch, config.parallel, dtype, transformer_engine)
+    virtual_stages = config.parallel.virtual_pipeline_model_parallel_size
+
+    def chunk(vp_stage: int | None) -> CosmosARModel:
+        on_stage: Callable[..., Any] = lambda check: check(ignore_virtual=False, vp_stage=vp_stage)  # noqa: E731
+        return CosmosARModel(
+            megatron_config,
+            arch,
+            block_spec(megatron_config, transformer_engine, vp_stage),
+            layout.latent_shape,
+            layout.padded_sequence_length,
+            pre_process=on_stage(parallel_state.is_pipeline_first_stage),
+            post_process=on_stage(parallel_state.is_pipeline_last_stage),
+            vp_stage=vp_stage,
+        ).to(device)
+
+    return [chunk(stage) for stage in (range(virtual_stages) if virtual_stages else [None])]

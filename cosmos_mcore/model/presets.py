@@ -1,0 +1,85 @@
+"""Sizes of the model family (spec/model.md section 1)."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+
+from cosmos_mcore.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN interpolation of the rotary frequencies (spec/model.md section 3)."""
+
+    scale: float = 2.0
+    beta_fast: float = 4.0
+    beta_slow: float = 1.0
+    original_latent_shape: tuple[int, int, int] = (3, 40, 64)
+
+
+@dataclass(frozen=True)
+class ModelArch:
+    """Architecture of one model, in Megatron's terms.
+
+    Attributes:
+        vocab_size: rows of the output layer: the video tokens.
+        embedding_size: rows of the token embedding (text-to-video models add special tokens, rounded up to 64).
+        context_size: width of the text embeddings that cross-attention reads; None: no cross-attention, and then
+            neither a begin-of-video token nor the position table that is added before every layer.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int = 14336
+    num_attention_heads: int = 32
+    num_query_groups: int = 8
+    kv_channels: int = 128
+    vocab_size: int = 64000
+    embedding_size: int = 64000
+    layernorm_epsilon: float = 1.0e-5
+    rotary_base: float = 500000.0
+    yarn: Yarn | None = None
+    context_size: int | None = None
+
+    @property
+    def text_to_video(self) -> bool:
+        """Whether the model reads text: cross-attention, begin-of-video token, position table."""
+        return self.context_size is not None
+
+
+PRESETS = {
+    "1b": ModelArch(num_layers=16, hidden_size=2048, kv_channels=64),
+    "4b": ModelArch(num_layers=16, hidden_size=4096),
+    "12b": ModelArch(num_layers=40, hidden_size=5120, yarn=Yarn()),
+    "5b-video2world": ModelArch(num_layers=16, hidden_size=4096, embedding_size=64064, context_size=1024),
+    "13b-video2world": ModelArch(num_layers=40, hidden_size=5120, embedding_size=64064, context_size=1024, yarn=Yarn()),
+    "tiny": ModelArch(
+        num_layers=4, hidden_size=128, ffn_hidden_size=384, num_attention_heads=4, num_query_groups=2, kv_channels=32
+    ),
+}
+
+
+def resolve_arch(config: ModelConfig) -> ModelArch:
+    """Looks up ``config.preset`` and applies the single fields that the config overrides.
+
+    Raises:
+        ValueError: for an unknown preset or sizes that do not fit each other.
+    """
+    if config.preset not in PRESETS:
+        near = difflib.get_close_matches(config.preset, PRESETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"model.preset={config.preset} is unknown; did you mean {near}? Known: {', '.join(PRESETS)}")
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    for name, value in changes.items():
+        if value < 1:
+            raise ValueError(f"model.{name}={value} must be at least 1")
+    arch = replace(PRESETS[config.preset], **changes)
+    if arch.num_attention_heads % arch.num_query_groups:
+        raise ValueError(
+            f"model.num_attention_heads={arch.num_attention_heads} must be a multiple of "
+            f"model.num_query_groups={arch.num_query_groups}"
+        )
+    if arch.kv_channels % 2:
+        raise ValueError(f"model.kv_channels={arch.kv_channels} must be even: the rotary embedding turns pairs")
+    return arch

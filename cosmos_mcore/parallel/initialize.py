@@ -1,0 +1,101 @@
+"""Process groups, device and seeds of a run."""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from cosmos_mcore.config.schema import ParallelConfig
+from cosmos_mcore.parallel import cpu_mode
+
+_replica_group: dist.ProcessGroup | None = None
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
+    """Joins the process group, builds Megatron's parallel groups and seeds every generator.
+
+    Reads torchrun's environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``); without it the process is a run of its own.
+
+    Returns:
+        The device of this rank.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        assert os.environ["WORLD_SIZE"] == "1", "torchrun sets MASTER_PORT"
+        os.environ["MASTER_PORT"] = "0"  # torch picks a free port
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = cpu_mode.CPU
+        cpu_mode.enable()
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+    )
+    _make_replica_groups()
+    # Nothing in training draws random numbers (no dropout; weights and clips have generators of their own), so the
+    # seeds only matter to user callbacks.
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return device
+
+
+def _make_replica_groups() -> None:
+    """Groups the ranks that hold one model replica: equal data-parallel rank, any TP, PP, CP rank."""
+    global _replica_group
+    mine = torch.tensor([data_parallel_rank()])
+    if dist.get_backend() == "nccl":
+        mine = mine.cuda()
+    ranks_of = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks_of, mine)
+    replica_of = [int(rank) for rank in ranks_of]
+    for replica in sorted(set(replica_of)):
+        members = [rank for rank, of in enumerate(replica_of) if of == replica]
+        group = dist.new_group(members)
+        if replica_of[dist.get_rank()] == replica:
+            _replica_group = group
+
+
+def replica_group() -> dist.ProcessGroup:
+    """The ranks that together hold this rank's model replica (TP x PP x CP)."""
+    assert _replica_group is not None, "initialize() comes first"
+    return _replica_group
+
+
+def data_parallel_rank() -> int:
+    """Which replica this rank belongs to (context-parallel ranks share one)."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_world_size() -> int:
+    """How many model replicas there are."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def shut_down() -> None:
+    """Leaves all process groups, so that ``initialize`` can be called again."""
+    global _replica_group
+    parallel_state.destroy_model_parallel()
+    _replica_group = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
