@@ -1,8 +1,17 @@
-"""Fixtures that many tests share."""
+"""Settings and fixtures that many tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Before torch is imported: tests start several processes each, which would fight over the cores otherwise.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Without a deadline, since a loaded machine is no mistake; the same examples on every run of the CI.
+settings.register_profile("cosmos_mcore", deadline=None, max_examples=25, derandomize="CI" in os.environ)
+settings.load_profile("cosmos_mcore")
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"

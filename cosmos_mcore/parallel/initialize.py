@@ -63,13 +63,12 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
 def _make_replica_groups() -> None:
     """Groups the ranks that hold one model replica: equal data-parallel rank, any TP, PP, CP rank."""
     global _replica_group
-    mine = torch.tensor([data_parallel_rank()])
-    if dist.get_backend() == "nccl":
-        mine = mine.cuda()
-    ranks_of = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(ranks_of, mine)
-    replica_of = [int(rank) for rank in ranks_of]
-    for replica in sorted(set(replica_of)):
+    # Megatron numbers ranks with TP fastest, then CP, then DP, then PP.
+    inner = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
+    replicas = data_parallel_world_size()
+    replica_of = [rank // inner % replicas for rank in range(dist.get_world_size())]
+    assert replica_of[dist.get_rank()] == data_parallel_rank()
+    for replica in range(replicas):
         members = [rank for rank, of in enumerate(replica_of) if of == replica]
         group = dist.new_group(members)
         if replica_of[dist.get_rank()] == replica:

@@ -1,0 +1,59 @@
+# Every target sets up what it needs: a virtual environment in $(VENV), made by $(PYTHON), with the tested versions.
+# A second Python beside the first:  make test PYTHON=/path/to/python3.12 VENV=.venv-3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?=
+
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+CODE := $(wildcard cosmos_mcore examples scripts benchmarks tests)
+MAX_LINES := 450
+
+.PHONY: help setup demo test test-layouts test-gpu check format bench clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make the virtual environment (PYTHON=python3, VENV=.venv)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo 'PYTHON=$(PYTHON) is not a working Python 3.10 to 3.13 with venv; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3' >&2; exit 1; }
+	@echo 'Installing into $(VENV) (about a minute on a machine without a GPU)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install $$(test -t 1 || echo -q) --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: setup ## train, resume and generate on this machine; DATA=folder takes your own MP4 files
+	$(RUN) scripts/demo.py $(if $(DATA),--data '$(DATA)') --output outputs/demo
+
+test: setup ## the tests that need no GPU
+	$(RUN) -m pytest -q
+
+test-layouts: setup ## every parallel layout against one process (slow)
+	$(RUN) -m pytest -q -m layouts
+
+test-gpu: setup ## the tests that need GPUs
+	$(RUN) -m pytest -q tests/gpu
+
+check: setup ## style, types, import rules, length of modules
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+	@find $(CODE) -name '*.py' -exec awk \
+	  'FNR == $(MAX_LINES) + 1 {print FILENAME ": longer than $(MAX_LINES) lines; split it"; long = 1} END {exit long}' {} +
+
+format: setup ## put the code in order
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: setup ## the benchmarks that need no GPU (those named gpu_* do)
+	@set -e; for script in $(filter-out benchmarks/gpu_% benchmarks/__init__.py,$(wildcard benchmarks/*.py)); do \
+	  echo "$$script"; $(RUN) $$script; done
+
+clean: ## remove the environment, caches and the demo's output; checkpoints stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info outputs/demo
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

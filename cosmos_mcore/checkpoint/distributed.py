@@ -1,0 +1,241 @@
+"""The run's own checkpoints: Megatron's distributed format, which any parallel layout can load.
+
+A checkpoint is written beside its final place and moved there when all ranks are done, and ``latest_checkpoint.txt`` is
+replaced after that, so whatever interrupts a save, the newest complete checkpoint stays valid.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+from cosmos_mcore.checkpoint.megatron_writer import writing_in_this_process
+from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest_checkpoint.txt"
+# The only sharding of the optimizer's state that every other layout can load.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Folder name of a checkpoint."""
+    return f"iter_{iteration:09d}"
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint that ``latest_checkpoint.txt`` in ``folder`` names, or None.
+
+    Raises:
+        ValueError: if the file names a checkpoint that is not there.
+    """
+    pointer = folder / LATEST
+    if not pointer.exists():
+        return None
+    path = folder / pointer.read_text().strip()
+    if not is_distributed(path):
+        raise ValueError(
+            f"{pointer} names {path.name}, which is not a complete checkpoint; write the name of another folder into "
+            "that file, or delete it to start afresh"
+        )
+    return path
+
+
+def is_distributed(path: Path) -> bool:
+    """Whether ``path`` is a folder in Megatron's distributed format."""
+    return (path / "metadata.json").is_file()
+
+
+def save_checkpoint(
+    folder: Path, iteration: int, chunks: Sequence[CosmosARModel], optimizer: MegatronOptimizer, progress: dict[str, Any]
+) -> Path:
+    """Writes ``folder/iter_{iteration}`` from all ranks and moves ``latest_checkpoint.txt`` on.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        iteration: optimizer steps done.
+        chunks: this rank's model chunks.
+        optimizer: its optimizer.
+        progress: plain numbers to come back from ``load_checkpoint``.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = folder / checkpoint_name(iteration)
+    partial = folder / f"{final.name}.incomplete"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = {"progress": dict(progress), **_model_state(chunks)}
+    state["optimizer"] = _optimizer_state(optimizer, state, is_loading=False)
+    with writing_in_this_process():
+        dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _flush(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _write_latest(folder, final.name)
+    dist.barrier()
+    return final
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Deletes all but the newest ``keep`` complete checkpoints, never the one that ``latest_checkpoint.txt`` names."""
+    latest = latest_checkpoint(folder)
+    complete = sorted(path for path in folder.glob("iter_*") if is_distributed(path))
+    for path in complete[:-keep]:
+        if path != latest:
+            shutil.rmtree(path)
+            logger.info("removed old checkpoint %s", path)
+
+
+def load_weights(path: Path, chunks: Sequence[CosmosARModel]) -> None:
+    """Loads only the weights of a distributed checkpoint into this rank's chunks.
+
+    Raises:
+        ValueError: if it cannot be read or holds another model.
+    """
+    with _one_line(path):
+        state = dist_checkpointing.load(_model_state(chunks), str(path))
+        _set_model(chunks, state)
+
+
+def load_checkpoint(path: Path, chunks: Sequence[CosmosARModel], optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """Loads weights and optimizer state, whatever layout saved them.
+
+    Returns:
+        ``progress`` as it was given to ``save_checkpoint``.
+
+    Raises:
+        ValueError: if it cannot be read or holds another model.
+    """
+    with _one_line(path):
+        state = _model_state(chunks)
+        with _torch_adam_fixed(optimizer):
+            state["optimizer"] = _optimizer_state(optimizer, state, is_loading=True)
+            loaded = dist_checkpointing.load(state, str(path))
+            _set_model(chunks, loaded)
+            with torch.no_grad():
+                optimizer.load_state_dict(loaded["optimizer"])
+        return dist_checkpointing.load_common_state_dict(str(path))["progress"]
+
+
+def _model_state(chunks: Sequence[CosmosARModel]) -> dict[str, Any]:
+    metadata = ensure_metadata_has_dp_cp_group(dict(_METADATA))
+    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+
+
+def _optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], is_loading: bool) -> Any:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    models = {name: part for name, part in model_state.items() if name.startswith("model")}
+    # Megatron looks up parameters in one flat dict, or in one dict per chunk.
+    return optimizer.sharded_state_dict(
+        models if len(models) > 1 else models["model0"],
+        is_loading=is_loading,
+        metadata={**_METADATA, "dp_cp_group": group},
+    )
+
+
+def _set_model(chunks: Sequence[CosmosARModel], state: dict[str, Any]) -> None:
+    for i, chunk in enumerate(chunks):
+        result = chunk.load_state_dict(state[f"model{i}"], strict=False)
+        wrong = [name for name in result.missing_keys + result.unexpected_keys if "_extra_state" not in name]
+        assert not wrong, f"the sharded state dict and the model disagree on {wrong}"
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Turns what Megatron and torch raise for a bad checkpoint into one sentence."""
+    if not is_distributed(path):
+        raise ValueError(f"{path} is not a distributed checkpoint: metadata.json is missing; give an iter_... folder")
+    try:
+        yield
+    except (CheckpointingException, torch.distributed.checkpoint.api.CheckpointException, OSError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()
+        detail = first[0][:300] if first else type(error).__name__
+        logger.debug("loading %s failed", path, exc_info=True)
+        raise ValueError(f"checkpoint {path} cannot be loaded into this model: {detail}") from error
+
+
+@contextmanager
+def _torch_adam_fixed(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Makes Megatron's distributed optimizer load its state where it runs on torch's Adam (no TE, no Apex).
+
+    Torch's Adam keeps a step count per parameter, which Megatron's loader neither creates before nor sets apart after:
+    a fresh optimizer fails an assertion, and a loaded one shares one count among all parameters, so that it grows by
+    their number at every step: wrong updates without an error.
+    """
+    affected = [
+        inner
+        for inner in getattr(optimizer, "chained_optimizers", [optimizer])
+        if isinstance(inner, DistributedOptimizer) and isinstance(inner.optimizer, torch.optim.Adam)
+    ]
+    originals: list[tuple[DistributedOptimizer, Callable[..., None]]] = []
+    for inner in affected:
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                inner.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        original = inner._set_main_param_and_optimizer_states
+
+        def with_step(
+            model_parameter: Any,
+            tensors: dict[str, Any],
+            inner: DistributedOptimizer = inner,
+            original: Callable[..., None] = original,
+        ) -> None:
+            group, order = inner.model_param_group_index_map[model_parameter]
+            state = inner.optimizer.state[inner.optimizer.param_groups[group]["params"][order]]
+            original(model_parameter, {"step": state["step"].clone(), **tensors})
+
+        originals.append((inner, original))
+        inner._set_main_param_and_optimizer_states = with_step
+    yield
+    for inner, original in originals:
+        inner._set_main_param_and_optimizer_states = original
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                inner.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+
+
+def _write_latest(folder: Path, name: str) -> None:
+    temporary = folder / f"{LATEST}.incomplete"
+    with open(temporary, "w") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / LATEST)
+    _flush(folder)
+
+
+def _flush(folder: Path) -> None:
+    """Asks the file system to put the folder's files and entries on disk."""
+    for path in (*(p for p in folder.iterdir() if p.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

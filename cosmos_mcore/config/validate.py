@@ -1,0 +1,62 @@
+"""Checks of a config's values that need no torch, no files and no world size."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from cosmos_mcore.config.derived import derive_video_layout
+from cosmos_mcore.config.schema import RunConfig
+from cosmos_mcore.config.values import accepts, leaf_kinds, mismatch
+
+
+def validate(config: RunConfig) -> None:
+    """Checks types and ranges of all keys (as annotated in ``schema.py``), then what keys demand of each other.
+
+    Not what the model's sizes and the number of processes demand of the layout: see ``parallel/layout.py``.
+    ``load_config`` has done it already; a config that code has built or changed needs the call.
+
+    Raises:
+        ValueError: one sentence that names the key and what to do.
+    """
+    for key, kind in leaf_kinds(RunConfig).items():
+        value = attrgetter(key)(config)
+        if not accepts(kind, value):
+            raise ValueError(mismatch(key, kind, value))
+    derive_video_layout(config)
+    _check_tokenizer(config)
+    _check_parallel(config)
+    _check_schedule(config)
+    _check_batch(config)
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    if config.tokenizer.name != "haar" and config.tokenizer.path is None:
+        raise ValueError(
+            f"tokenizer.name={config.tokenizer.name} needs tokenizer.path, the folder with its weights; "
+            "tokenizer.name=haar needs none"
+        )
+
+
+def _check_parallel(config: RunConfig) -> None:
+    parallel = config.parallel
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        raise ValueError(
+            "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true and "
+            "parallel.overlap_grad_reduce=true"
+        )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    if config.schedule.min_lr > config.optimizer.lr:
+        raise ValueError(
+            f"schedule.min_lr={config.schedule.min_lr} must not exceed optimizer.lr={config.optimizer.lr}; lower it"
+        )
+
+
+def _check_batch(config: RunConfig) -> None:
+    whole, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if whole % micro:
+        raise ValueError(
+            f"training.global_batch_size={whole} must be a multiple of training.micro_batch_size={micro}; "
+            f"try training.global_batch_size={-(-whole // micro) * micro}"
+        )

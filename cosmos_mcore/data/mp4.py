@@ -1,0 +1,156 @@
+"""Exact random access to the frames of an MP4 file, through PyAV.
+
+Frame k is the k-th frame in presentation order, whatever the timestamps say: B-frames, a start time other than zero,
+edit lists and a variable frame rate change nothing. To reach a frame, only its group of pictures is decoded.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Sequence
+from types import TracebackType
+
+import av
+import numpy as np
+
+
+class UnreadableVideoError(Exception):
+    """A video file, or a part of it, cannot be read; the message is the reason, without the file's name."""
+
+
+class Mp4File:
+    """An open MP4 file; a context manager.
+
+    Attributes:
+        num_frames: frames that the file's index promises. Nothing is decoded to count them, so a damaged file may
+            still turn out to have fewer.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens the file and reads its index.
+
+        Raises:
+            UnreadableVideoError: if there is no such file, or it is no video that can be decoded here.
+        """
+        try:
+            size = os.stat(path).st_size
+            self._container = av.open(os.fspath(path), metadata_errors="replace")
+        except (av.error.FFmpegError, OSError) as error:
+            raise UnreadableVideoError(f"cannot be opened ({_reason(error)})") from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise UnreadableVideoError("has no video stream")
+        self._stream = self._container.streams.video[0]
+        # Parallelism comes from reading several clips at once; frame threads would only add delay and memory.
+        self._stream.codec_context.thread_count = 1
+        # In decode order. What lies behind the end of a file that was cut off while copying does not count.
+        self._entries = [entry for entry in self._stream.index_entries if entry.pos + entry.size <= size]
+        self.num_frames = sum(not entry.is_discard for entry in self._entries)
+
+    def __enter__(self) -> Mp4File:
+        """Returns the file itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the file."""
+        self._container.close()
+
+    def read(self, numbers: Sequence[int]) -> np.ndarray:
+        """Decodes frames, turned upright where the file says that the camera was held sideways.
+
+        Args:
+            numbers: frame numbers from 0, increasing.
+
+        Returns:
+            RGB frames [T, H, W, 3], uint8.
+
+        Raises:
+            UnreadableVideoError: if a frame is missing or damaged.
+        """
+        try:
+            return self._read(numbers)
+        except (av.error.FFmpegError, OSError) as error:
+            raise UnreadableVideoError(f"frames {numbers[0]} to {numbers[-1]} cannot be decoded ({_reason(error)})") from error
+
+    def _read(self, numbers: Sequence[int]) -> np.ndarray:
+        packets, timestamps = self._demux(numbers[0], numbers[-1])
+        if numbers[-1] not in timestamps:
+            raise UnreadableVideoError(f"ends before frame {numbers[-1]} although its index lists {self.num_frames}")
+        wanted = [timestamps[number] for number in numbers]
+        keyframes = (i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= wanted[0])
+        start = max(keyframes, default=0)
+        found: dict[int, np.ndarray] = {}
+        for packet in [*packets[start:], None]:  # None makes the decoder hand out the frames it holds back
+            for frame in self._stream.codec_context.decode(packet):
+                if frame.pts in wanted and not frame.is_corrupt:
+                    found[frame.pts] = _upright_rgb(frame)
+            if len(found) == len(wanted):
+                break
+        damaged = [number for number in numbers if timestamps[number] not in found]
+        if damaged:
+            raise UnreadableVideoError(f"frame {damaged[0]} is damaged")
+        frames = [found[timestamp] for timestamp in wanted]
+        if any(frame.shape != frames[0].shape for frame in frames):
+            raise UnreadableVideoError(f"the frame size changes between frames {numbers[0]} and {numbers[-1]}")
+        return np.stack(frames)
+
+    def _demux(self, first: int, last: int) -> tuple[list[av.Packet], dict[int, int]]:
+        """Reads, without decoding, the packets that frames ``first`` to ``last`` need.
+
+        Returns:
+            The packets in decode order, and the timestamp of each frame number from ``first`` or earlier to ``last``.
+        """
+        start = self._start_entry(first)
+        if start:
+            self._container.seek(self._entries[start].timestamp, stream=self._stream, backward=True)
+        positions = {entry.timestamp: index for index, entry in enumerate(self._entries)}
+        packets: list[av.Packet] = []
+        shown: list[int] = []  # sorted timestamps of the frames from the first keyframe on
+        landed: int | None = None  # position in the index of the first packet
+        number = 0  # frame number of shown[0]
+        for packet in self._container.demux(self._stream):
+            if packet.pts is None or packet.dts is None:
+                continue
+            if not packets:
+                landed = positions.get(packet.dts)
+                if landed is None or landed > start:
+                    raise UnreadableVideoError(f"seeking to frame {first} does not work")
+                number = sum(not entry.is_discard for entry in self._entries[:landed])
+            # Every later packet has pts >= dts > the last frame's pts, so the order up to that frame is final.
+            elif len(shown) > last - number and packet.dts > shown[last - number]:
+                break
+            packets.append(packet)
+            if packet.is_discard:
+                continue
+            if packet.pts < packets[0].pts and landed:
+                number += 1  # shown before the keyframe that it follows in the file
+            else:
+                bisect.insort(shown, packet.pts)
+        return packets, {number + i: timestamp for i, timestamp in enumerate(shown[: last - number + 1])}
+
+    def _start_entry(self, frame: int) -> int:
+        """A keyframe, as a position in the index, that is certain to be shown no later than ``frame``.
+
+        That many frames come before a keyframe in the file, but a few behind it may be shown before it, too; they
+        end before the next keyframe. So the last keyframe with few enough frames before it may be one too far.
+        """
+        keyframes = [0]
+        shown = 0
+        for index, entry in enumerate(self._entries):
+            if shown > frame:
+                break
+            if entry.is_keyframe:
+                keyframes.append(index)
+            shown += not entry.is_discard
+        return keyframes[-2] if len(keyframes) > 1 else 0
+
+
+def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

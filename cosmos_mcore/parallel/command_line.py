@@ -1,0 +1,58 @@
+"""What all command lines share: one line for a user's mistake, exit codes, logging."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from cosmos_mcore.parallel.launch import die_with_parent, is_rank_zero
+
+USER_ERROR = 2
+
+
+def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command with its arguments and exits with the code that it returns; 2 after a user's mistake."""
+    die_with_parent()
+    try:
+        code = command(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        code = report_error(error)
+    sys.exit(code)
+
+
+def report_error(error: Exception) -> int:
+    """Tells the user what went wrong, once for all ranks, and returns the exit code.
+
+    One line where our own code has raised a ``ValueError``, which it does for users' mistakes; else the traceback.
+    """
+    if not is_rank_zero():
+        # Most errors hit all ranks alike. Rank 0 speaks, and its launcher ends the others meanwhile; a rank that failed
+        # alone speaks for itself.
+        time.sleep(3)
+    if isinstance(error, ValueError) and _raised_by_us(error):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    traceback.print_exception(error)
+    return 1
+
+
+def configure_logging() -> None:
+    """Our own messages on rank 0; warnings and worse of everything on every rank."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout, force=True)
+    if is_rank_zero():
+        logging.getLogger("cosmos_mcore").setLevel(logging.INFO)
+    # On import Megatron-Core warns about every optional package that is missing, in every process.
+    warnings.filterwarnings("ignore", module="megatron")
+
+
+def _raised_by_us(error: Exception) -> bool:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parents[1])

@@ -1,0 +1,24 @@
+"""Floating-point operations of a training step, by the convention that all figures in ``docs/`` use."""
+
+from __future__ import annotations
+
+import math
+
+from cosmos_mcore.checkpoint.names import original_shapes
+from cosmos_mcore.model.presets import ModelArch
+
+
+def num_parameters(arch: ModelArch, with_embedding: bool = True) -> int:
+    """Parameters of the whole model, with or without the input embedding."""
+    shapes = original_shapes(arch)
+    return sum(math.prod(s) for name, s in shapes.items() if with_embedding or name != "tok_embeddings.weight")
+
+
+def flops_per_clip(arch: ModelArch, sequence_length: int) -> float:
+    """Forward and backward of one clip: 6 N S without the input embedding, plus causal attention 6 L S^2 width.
+
+    Padding does not count: it is work, but not useful work.
+    """
+    width = arch.num_attention_heads * arch.kv_channels
+    matmuls = 6 * num_parameters(arch, with_embedding=False) * sequence_length
+    return matmuls + 6 * arch.num_layers * sequence_length**2 * width

@@ -1,0 +1,77 @@
+"""Checks before anything costly starts: no torch, no process groups."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cosmos_mcore.config.derived import data_parallel_size, derive_video_layout, num_microbatches, run_dir
+from cosmos_mcore.config.schema import RunConfig
+from cosmos_mcore.data.index import find_files
+from cosmos_mcore.model.presets import resolve_arch
+from cosmos_mcore.parallel.layout import check_layout, check_world_size, model_parallel_size
+
+
+def preflight(config: RunConfig, world_size: int) -> None:
+    """Checks model, layout, batch, clips, checkpoint and output folder.
+
+    Args:
+        config: the run's.
+        world_size: processes that run already; 1 stands for as many as the layout needs.
+
+    Raises:
+        ValueError: one sentence for the first thing that cannot work.
+    """
+    arch = resolve_arch(config.model)
+    derive_video_layout(config, arch.text_to_video)
+    check_layout(
+        config,
+        num_layers=arch.num_layers,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        vocab_size=arch.vocab_size,
+    )
+    check_world_size(config, processes(config, world_size))
+    find_files(config.data)
+    load = config.checkpoint.load
+    resumes = (run_dir(config) / "checkpoints" / "latest_checkpoint.txt").exists()
+    if load is not None and not resumes and not Path(load).exists():
+        raise ValueError(f"checkpoint.load={load} does not exist; give a checkpoint, or null to start from new weights")
+    _check_writable(run_dir(config))
+
+
+def processes(config: RunConfig, world_size: int) -> int:
+    """Processes of the run: those that run, or one replica's where a single process will start them."""
+    return max(world_size, model_parallel_size(config)) if world_size == 1 else world_size
+
+
+def derived_numbers(config: RunConfig, world_size: int) -> str:
+    """The numbers that follow from the config, one per line."""
+    arch = resolve_arch(config.model)
+    layout = derive_video_layout(config, arch.text_to_video)
+    count = processes(config, world_size)
+    parallel = config.parallel
+    rows = {
+        "run folder": run_dir(config),
+        "model": f"{config.model.preset}: {arch.num_layers} layers, width {arch.hidden_size}",
+        "clip": f"{config.data.num_frames} frames of {config.data.height}x{config.data.width}",
+        "latent shape (T, H, W)": layout.latent_shape,
+        "sequence length": f"{layout.sequence_length} (padded to {layout.padded_sequence_length})",
+        "ignored first tokens": layout.num_ignored_tokens,
+        "loss positions / z-loss positions": f"{layout.num_loss_positions} / {layout.num_z_loss_positions}",
+        "processes": f"{count} = TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
+        f"x CP {parallel.context_parallel_size} x DP {data_parallel_size(config, count)}",
+        "micro-batches per step": f"{num_microbatches(config, count)} of {config.training.micro_batch_size} clips",
+        "tokens per step": config.training.global_batch_size * layout.sequence_length,
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def _check_writable(folder: Path) -> None:
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"the run's folder {folder} cannot be made: {existing} is not a writable folder; set OUTPUT_ROOT")

@@ -1,0 +1,160 @@
+"""From a config to everything a run needs: clips, tokenizer, model, optimizer, and the weights it starts from."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from cosmos_mcore.checkpoint.distributed import is_distributed, latest_checkpoint, load_checkpoint, load_weights
+from cosmos_mcore.checkpoint.load import initialize_weights, set_weights
+from cosmos_mcore.config.derived import VideoLayout, derive_video_layout, run_dir
+from cosmos_mcore.config.schema import RunConfig
+from cosmos_mcore.data.index import ClipIndex, index_clips
+from cosmos_mcore.data.loader import ClipLoader
+from cosmos_mcore.data.sampler import ClipSampler
+from cosmos_mcore.model.builder import build_model
+from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
+from cosmos_mcore.model.presets import ModelArch, resolve_arch
+from cosmos_mcore.parallel import initialize as groups
+from cosmos_mcore.tokenizer.build import build_tokenizer
+from cosmos_mcore.training.optimizer import build_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of every checkpoint."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass
+class Run:
+    """All parts of a run on this rank."""
+
+    config: RunConfig
+    arch: ModelArch
+    layout: VideoLayout
+    device: torch.device
+    loader: ClipLoader
+    chunks: list[CosmosARModel]
+    model: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    progress: Progress
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return run_dir(self.config) / "checkpoints"
+
+
+def set_up(config: RunConfig) -> Run:
+    """Builds everything and loads the weights.
+
+    Process groups are made if ``parallel.initialize`` has not been called before.
+
+    Raises:
+        ValueError: for what the user can mend: paths, unusable clips, a checkpoint of another model.
+    """
+    arch = resolve_arch(config.model)
+    layout = derive_video_layout(config, arch.text_to_video)
+    device = groups.initialize(config.parallel, config.training.seed)
+    index = _shared_index(config)
+    tokenizer = build_tokenizer(config, device)
+    chunks = build_model(config, arch, layout, device)
+    model = wrap_for_data_parallel(config, chunks)
+    optimizer = build_optimizer(config, model)
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    progress = load_start(config, arch, chunks, optimizer)
+    loader = ClipLoader(
+        index,
+        ClipSampler(len(index.clips), config.training.seed),
+        tokenizer,
+        config,
+        layout,
+        data_parallel_rank=groups.data_parallel_rank(),
+        data_parallel_size=groups.data_parallel_world_size(),
+        replica_group=groups.replica_group(),
+        device=device,
+        consumed_samples=progress.consumed_samples,
+    )
+    return Run(config, arch, layout, device, loader, chunks, model, optimizer, progress)
+
+
+def wrap_for_data_parallel(config: RunConfig, chunks: list[CosmosARModel]) -> list[DistributedDataParallel]:
+    """Puts Megatron's ``DistributedDataParallel`` round the chunks, with float32 gradients."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    megatron_config = chunks[0].config
+    model = [
+        DistributedDataParallel(megatron_config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+    megatron_config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in model]
+        megatron_config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+        if parallel.overlap_param_gather:
+            start_sync = [chunk.start_param_sync for chunk in model]
+            megatron_config.param_sync_func = start_sync if len(model) > 1 else start_sync[0]
+    return model
+
+
+def load_start(
+    config: RunConfig, arch: ModelArch, chunks: list[CosmosARModel], optimizer: MegatronOptimizer
+) -> Progress:
+    """Continues the run's newest checkpoint; else takes the weights of ``checkpoint.load``; else draws new ones.
+
+    Raises:
+        ValueError: if what is to be loaded cannot be.
+    """
+    latest = latest_checkpoint(run_dir(config) / "checkpoints")
+    if latest is not None:
+        logger.info("resuming from %s", latest)
+        return Progress(**load_checkpoint(latest, chunks, optimizer))
+    if config.checkpoint.load is not None:
+        logger.info("loading weights from %s", config.checkpoint.load)
+        load_any_weights(Path(config.checkpoint.load), arch, chunks)
+    else:
+        logger.info("starting from new weights, seed %d", config.training.seed)
+        initialize_weights(chunks, arch, config.training.seed)
+    optimizer.reload_model_params()
+    return Progress()
+
+
+def load_any_weights(path: Path, arch: ModelArch, chunks: list[CosmosARModel]) -> None:
+    """Loads weights in any layout: a distributed checkpoint, or an original ``model.pt``.
+
+    Raises:
+        ValueError: if the file is unreadable or holds another model.
+    """
+    if is_distributed(path):
+        load_weights(path, chunks)
+        return
+    raise ValueError(f"checkpoint.load={path} is not a checkpoint of a known layout")
+
+
+def _shared_index(config: RunConfig) -> ClipIndex:
+    """Rank 0 reads the folder for all ranks, so that they agree on it."""
+    box: list[Any] = [index_clips(config.data) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,137 @@
+"""One optimizer step: batch, pipeline schedule, loss, gradients, update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from cosmos_mcore.config.derived import VideoLayout
+from cosmos_mcore.model.layer_specs import zigzag_positions
+from cosmos_mcore.model.loss import TokenLosses
+
+
+class LossPositions:
+    """Which positions of this rank's slice of the sequence count in the losses (spec/model.md section 7).
+
+    Position j predicts token j + 1. Cross entropy leaves out the conditioning frames; the z-loss counts every position
+    that has a next token; padding counts in neither.
+    """
+
+    def __init__(self, layout: VideoLayout, z_loss_coeff: float, device: torch.device) -> None:
+        self.layout, self.z_loss_coeff = layout, z_loss_coeff
+        positions = torch.arange(layout.padded_sequence_length)
+        size = parallel_state.get_context_parallel_world_size()
+        self.slice: Tensor | None = None
+        if size > 1:
+            rank = parallel_state.get_context_parallel_rank()
+            positions = zigzag_positions(layout.padded_sequence_length, rank, size)
+            self.slice = positions.to(device)
+        predicts = positions < layout.sequence_length - 1
+        self.in_ce = (predicts & (positions >= layout.num_ignored_tokens)).to(device)
+        self.in_z = predicts.to(device)
+
+    def batch(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Pads ids [B, S] and returns this rank's (tokens, labels), [B, S_local] each."""
+        layout = self.layout
+        padded = tokens.new_zeros(len(tokens), layout.padded_sequence_length + 1)
+        padded[:, : tokens.size(1)] = tokens
+        inputs, labels = padded[:, :-1], padded[:, 1:]
+        if self.slice is not None:
+            inputs, labels = inputs[:, self.slice], labels[:, self.slice]
+        return inputs.contiguous(), labels.contiguous()
+
+    def reduce(self, losses: TokenLosses) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sums [B, S_local] losses to this rank's share of the micro-batch mean.
+
+        The counts are those of the whole sequence, so the shares of the context-parallel ranks add up to the mean.
+        """
+        batch = len(losses.cross_entropy)
+        layout = self.layout
+        ce = (losses.cross_entropy * self.in_ce).sum() / (batch * layout.num_loss_positions)
+        z = (losses.log_sum_exp.square() * self.in_z).sum() / (batch * layout.num_z_loss_positions)
+        z = self.z_loss_coeff * z
+        return ce + z, {"losses": torch.stack((ce, z)).detach()}
+
+
+@dataclass
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: mean cross entropy over the global batch.
+        z_loss: mean z-loss, coefficient included.
+        grad_norm: norm of the whole model's gradient before clipping.
+        updated: False if the optimizer left the step out.
+    """
+
+    loss: float
+    z_loss: float
+    grad_norm: float
+    updated: bool
+
+
+def train_step(
+    model: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    positions: LossPositions,
+    tokens: Tensor,
+    micro_batch_size: int,
+) -> StepResult:
+    """Runs forward, backward and update over this replica's part of the global batch.
+
+    Args:
+        model: this rank's chunks.
+        optimizer: its optimizer, learning rate set.
+        positions: the loss positions of this rank.
+        tokens: [num_microbatches * micro_batch_size, S] int64, the same on all ranks of the replica.
+        micro_batch_size: clips per micro-batch.
+    """
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    micro_batches = tokens.split(micro_batch_size)
+    iterators = [iter(micro_batches) for _ in model]
+    reduced = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, positions),
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=list(model) if len(model) > 1 else model[0],
+        num_microbatches=len(micro_batches),
+        seq_length=positions.layout.padded_sequence_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=False,
+    )
+    updated, grad_norm, _ = optimizer.step()
+    loss, z_loss = _mean_losses(reduced, tokens.device).tolist()
+    return StepResult(loss, z_loss, float(grad_norm), bool(updated))
+
+
+def _forward_step(positions: LossPositions, iterator: Iterator[Tensor], model: Any) -> tuple[Any, Any]:
+    tokens, labels = positions.batch(next(iterator))
+    return model(tokens, labels), positions.reduce
+
+
+def _mean_losses(reduced: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    """[2] means over the global batch, on every rank; only the last pipeline stage has any."""
+    if reduced:
+        mean = torch.stack([item["losses"] for item in reduced]).mean(dim=0)
+        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        mean /= parallel_state.get_data_parallel_world_size()
+    else:
+        mean = torch.zeros(2, device=device)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            mean,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return mean

@@ -1,0 +1,157 @@
+"""The loop: next clips, one step, report, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from cosmos_mcore.checkpoint.distributed import remove_old_checkpoints, save_checkpoint
+from cosmos_mcore.config import run_dir, to_yaml
+from cosmos_mcore.config.schema import RunConfig
+from cosmos_mcore.data.index import SkippedFile
+from cosmos_mcore.training.callbacks import (
+    Callback,
+    LogLine,
+    MetricsFile,
+    ProgressBar,
+    StepReport,
+    TensorBoard,
+    WandB,
+)
+from cosmos_mcore.training.flops import flops_per_clip
+from cosmos_mcore.training.optimizer import set_learning_rate
+from cosmos_mcore.training.schedule import learning_rate
+from cosmos_mcore.training.setup import Run
+from cosmos_mcore.training.step import LossPositions, StepResult, train_step
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a run to its end, from wherever its newest checkpoint is.
+
+    Args:
+        run: the parts, as ``set_up`` makes them.
+        callbacks: told on rank 0 only; None: those that ``config.logging`` asks for.
+    """
+
+    def __init__(self, run: Run, callbacks: Sequence[Callback] | None = None) -> None:
+        self.run, self.config, self.progress = run, run.config, run.progress
+        self.positions = LossPositions(run.layout, run.config.model.z_loss_coeff, run.device)
+        self.callbacks: Sequence[Callback] = ()
+        if dist.get_rank() == 0:
+            self.callbacks = default_callbacks(run.config) if callbacks is None else callbacks
+        self.resumed_from = self.progress.iteration or None
+        self.skipped_iterations = self.nan_iterations = 0
+
+    def train(self) -> None:
+        """Runs the remaining iterations; saves every ``checkpoint.save_interval`` and at the end."""
+        training = self.config.training
+        for callback in self.callbacks:
+            callback.on_train_start(self.progress.iteration)
+        try:
+            self._loop(training.train_iters, self.config.checkpoint.save_interval)
+        finally:
+            self.run.loader.close()
+            for callback in self.callbacks:
+                callback.on_train_end()
+
+    def _loop(self, train_iters: int, save_interval: int) -> None:
+        interval_start, data_seconds, steps = time.perf_counter(), 0.0, 0
+        if self.progress.iteration >= train_iters:
+            logger.info("nothing to do: %d of %d iterations are done", self.progress.iteration, train_iters)
+        while self.progress.iteration < train_iters:
+            waiting_since = time.perf_counter()
+            tokens = self.run.loader.next()
+            data_seconds += time.perf_counter() - waiting_since
+            lr = learning_rate(self.config, self.progress.iteration)
+            set_learning_rate(self.run.optimizer, lr)
+            result = train_step(
+                self.run.model, self.run.optimizer, self.positions, tokens, self.config.training.micro_batch_size
+            )
+            self.progress.iteration += 1
+            self.progress.consumed_samples = self.run.loader.consumed_samples
+            self.skipped_iterations += not result.updated
+            self.nan_iterations += not math.isfinite(result.loss)
+            steps += 1
+            if self.progress.iteration % self.config.logging.log_interval == 0:
+                now = time.perf_counter()
+                self._report(result, lr, (now - interval_start) / steps, data_seconds / steps)
+                interval_start, data_seconds, steps = now, 0.0, 0
+            if self.progress.iteration % save_interval == 0 or self.progress.iteration == train_iters:
+                self.save()
+                interval_start, data_seconds, steps = time.perf_counter(), 0.0, 0
+
+    def save(self) -> None:
+        """Writes a checkpoint; returns when it is complete on disk."""
+        run, folder = self.run, self.run.checkpoints
+        path = save_checkpoint(folder, self.progress.iteration, run.chunks, run.optimizer, asdict(self.progress))
+        if dist.get_rank() == 0 and self.config.checkpoint.keep is not None:
+            remove_old_checkpoints(folder, self.config.checkpoint.keep)
+        for callback in self.callbacks:
+            callback.on_save(self.progress.iteration, path)
+
+    def _report(self, result: StepResult, lr: float, step_seconds: float, data_seconds: float) -> None:
+        skipped = self._gather_skipped()
+        clips = self.config.training.global_batch_size / dist.get_world_size() / step_seconds
+        report = StepReport(
+            iteration=self.progress.iteration,
+            train_iters=self.config.training.train_iters,
+            consumed_samples=self.progress.consumed_samples,
+            lm_loss=result.loss,
+            z_loss=result.z_loss,
+            grad_norm=result.grad_norm,
+            learning_rate=lr,
+            global_batch_size=self.config.training.global_batch_size,
+            step_seconds=step_seconds,
+            data_seconds=data_seconds,
+            tokens_per_second=clips * self.run.layout.sequence_length,
+            tflops=clips * flops_per_clip(self.run.arch, self.run.layout.sequence_length) / 1e12,
+            skipped_iterations=self.skipped_iterations,
+            nan_iterations=self.nan_iterations,
+            skipped_files=skipped,
+            resumed_from=self.resumed_from,
+        )
+        self.resumed_from = None
+        for callback in self.callbacks:
+            callback.on_report(report)
+
+    def _gather_skipped(self) -> list[SkippedFile]:
+        """Files that any replica found unusable since the last report, each once, on every rank."""
+        mine = self.run.loader.drain_skipped()
+        if dist.get_world_size() == 1:
+            return mine
+        boxes: list[list[SkippedFile]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(boxes, mine)
+        return list({file.path: file for box in boxes for file in box}.values())
+
+
+def default_callbacks(config: RunConfig) -> list[Callback]:
+    """The callbacks that ``config.logging`` asks for; makes the run's folder and writes the resolved config into it."""
+    folder = run_dir(config)
+    _write_config(config, folder)
+    callbacks: list[Callback] = [LogLine(), MetricsFile(folder / "metrics.jsonl")]
+    if config.logging.progress_bar:
+        callbacks.append(ProgressBar(config.training.train_iters))
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoard(folder / "tensorboard"))
+    if config.logging.wandb_project is not None:
+        callbacks.append(WandB(config.logging.wandb_project, config.job.name, asdict(config)))
+    return callbacks
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / "config.yaml.incomplete"
+        temporary.write_text(to_yaml(config))
+        os.replace(temporary, folder / "config.yaml")
+    except OSError as error:
+        raise ValueError(f"the run's folder {folder} cannot be written ({error}); set OUTPUT_ROOT to a folder that can") from None

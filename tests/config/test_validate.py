@@ -1,0 +1,68 @@
+"""What keys demand of each other."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cosmos_mcore.config.schema import RunConfig
+from cosmos_mcore.config.validate import validate
+
+
+def mistake(config: RunConfig) -> str:
+    with pytest.raises(ValueError) as caught:
+        validate(config)
+    return str(caught.value)
+
+
+def test_defaults_are_valid() -> None:
+    validate(RunConfig())
+
+
+def test_types_of_a_config_made_in_code() -> None:
+    config = RunConfig()
+    config.training.train_iters = 0
+    assert mistake(config) == "training.train_iters=0 must be a whole number of at least 1"
+
+
+def test_batch_sizes() -> None:
+    config = RunConfig()
+    config.training.global_batch_size, config.training.micro_batch_size = 6, 4
+    assert mistake(config).endswith(
+        "must be a multiple of training.micro_batch_size=4; try training.global_batch_size=8"
+    )
+
+
+def test_released_tokenizer_needs_its_weights() -> None:
+    config = RunConfig()
+    config.tokenizer.name = "dv8x16x16"
+    assert "needs tokenizer.path" in mistake(config)
+    config.tokenizer.path = "checkpoints/Cosmos-Tokenize1-DV8x16x16-720p"
+    validate(config)
+
+
+def test_schedule_ends_below_its_peak() -> None:
+    config = RunConfig()
+    config.schedule.min_lr = 0.1
+    assert "schedule.min_lr=0.1 must not exceed optimizer.lr=0.001" in mistake(config)
+
+
+def test_overlap_of_the_parameter_gather() -> None:
+    config = RunConfig()
+    config.parallel.overlap_param_gather = True
+    assert "parallel.overlap_grad_reduce=true" in mistake(config)
+    config.parallel.overlap_grad_reduce = True
+    validate(config)
+    config.parallel.use_distributed_optimizer = False
+    assert "parallel.use_distributed_optimizer=true" in mistake(config)
+
+
+def test_resolution() -> None:
+    config = RunConfig()
+    config.data.height = 100
+    assert mistake(config) == "data.height=100 must be a multiple of 16; try data.height=96"
+
+
+def test_config_imports_no_torch() -> None:
+    code = "import sys, cosmos_mcore.config, cosmos_mcore.model.presets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
