@@ -4,7 +4,8 @@
     python examples/pretrain_cosmos_ar.py conf/tiny_cpu.yaml      # starts the processes itself
 """
 
+from cosmos_mcore.parallel.command_line import run_command
 from cosmos_mcore.training.main import main
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

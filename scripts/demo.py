@@ -1,6 +1,6 @@
 """The whole system in a few minutes on two CPU cores: train, stop, resume, generate, show.
 
-    python scripts/demo.py [--data FOLDER_OF_MP4S] [--output outputs/demo]
+python scripts/demo.py [--data FOLDER_OF_MP4S] [--output outputs/demo]
 """
 
 import argparse

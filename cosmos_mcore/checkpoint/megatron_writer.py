@@ -1,12 +1,13 @@
-"""Keeps Megatron-Core 0.16's synchronous saves in the calling process.
+"""Keeps Megatron-Core 0.16's synchronous saves in the calling process, and 0.19's from warning.
 
 Version 0.16 writes each file of a synchronous save in a process forked from the training process. Its threads (clips
-being decoded, TensorBoard) may hold locks at that moment, which the fork never releases, and the save hangs. From 0.19
-on Megatron writes in threads, and nothing is changed here.
+being decoded, TensorBoard) may hold locks at that moment, which the fork never releases, and the save hangs. Version
+0.19 writes in threads, but warns at every save, synchronous ones too, that its asynchronous saves will go.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 @contextmanager
 def writing_in_this_process() -> Iterator[None]:
-    """Within it, a synchronous ``dist_checkpointing.save`` forks nothing."""
+    """Within it, a synchronous ``dist_checkpointing.save`` forks nothing and does not warn."""
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
     if not hasattr(FileSystemWriterAsync, "write_preloaded_data_multiproc"):
         yield
         return

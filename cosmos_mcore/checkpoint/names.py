@@ -1,7 +1,8 @@
-"""The one table of parameter names: ours (Megatron's), the original's, and the TE-backend's, with split axis and fusion.
+"""The one table of parameter names: ours (Megatron's), the original's, its TE backend's and the Hub's, with split axis.
 
 Everything that reads or writes another layout is driven by it. Facts: spec/checkpoint.md sections 1 and 2,
-spec/model.md section 11.
+spec/model.md section 11. The Hub's names are those of Hugging Face's Llama and Qwen3 models, which the original's own
+exporter uses too as far as it goes; cross-attention follows the same pattern.
 
 Fused parameters are cut and joined on the original's tensors, never on ours: a tensor-parallel shard of ours is the
 fusion of the shards of its parts. So one rule covers the query-key-value interleave and gate/up for every TP size.
@@ -10,7 +11,7 @@ fusion of the shards of its parts. So one rule covers the query-key-value interl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,82 +25,177 @@ class Entry:
 
     Attributes:
         ours: Megatron's name; ``{i}`` stands for the layer.
-        local: the name in the model built from local modules where it differs (norms that Transformer Engine fuses).
         originals: the original's names, without the ``model.`` prefix, in fusion order.
+        te: names in the original's TE backend: one for each of ``originals``, or one for all, joined along rows.
+        hub: names in safetensors files, one for each of ``originals``.
         split_axis: axis along which tensor parallelism cuts each of ``originals``; None: replicated.
         fusion: how the parts make up ours: ``none``, ``qkv``, ``kv`` (interleaved by query group) or ``gate_up``.
+        local: our name in the model built from local modules where it differs (norms that Transformer Engine fuses).
     """
 
     ours: str
     originals: tuple[str, ...]
+    te: tuple[str, ...]
+    hub: tuple[str, ...]
     split_axis: int | None = None
     fusion: str = "none"
     local: str | None = None
 
     def at(self, layer: int) -> Entry:
         """This entry with the layer's number filled in."""
-        fill = lambda name: name.replace("{i}", str(layer))  # noqa: E731
-        return Entry(
-            fill(self.ours),
-            tuple(fill(name) for name in self.originals),
-            self.split_axis,
-            self.fusion,
-            None if self.local is None else fill(self.local),
+
+        def fill(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name.replace("{i}", str(layer)) for name in names)
+
+        return replace(
+            self,
+            ours=fill((self.ours,))[0],
+            originals=fill(self.originals),
+            te=fill(self.te),
+            hub=fill(self.hub),
+            local=None if self.local is None else fill((self.local,))[0],
         )
 
 
-_LAYER = "decoder.layers.{i}."
-_ATTENTION = "layers.{i}.attention."
-_CROSS = "layers.{i}.cross_attention."
-_MLP = "layers.{i}.feed_forward."
+_OURS = "decoder.layers.{i}."
+_ORIGINAL = "layers.{i}."
+_HUB = "model.layers.{i}."
 
+
+def _entry(
+    ours: str,
+    originals: str,
+    te: str,
+    hub: str,
+    split_axis: int | None = None,
+    fusion: str = "none",
+    local: str | None = None,
+) -> Entry:
+    """A layer's entry; names are given without the layer's prefix, several of them separated by blanks."""
+    return Entry(
+        _OURS + ours,
+        tuple(_ORIGINAL + name for name in originals.split()),
+        tuple(_ORIGINAL + name for name in te.split()),
+        tuple(_HUB + name for name in hub.split()),
+        split_axis,
+        fusion,
+        None if local is None else _OURS + local,
+    )
+
+
+_TE_QKV = "self_attention.layernorm_qkv."
 _SELF_ATTENTION_ENTRIES = (
-    Entry(
-        _LAYER + "self_attention.linear_qkv.weight",
-        (_ATTENTION + "wq.weight", _ATTENTION + "wk.weight", _ATTENTION + "wv.weight"),
+    _entry(
+        "self_attention.linear_qkv.weight",
+        "attention.wq.weight attention.wk.weight attention.wv.weight",
+        f"{_TE_QKV}query_weight {_TE_QKV}key_weight {_TE_QKV}value_weight",
+        "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
         split_axis=0,
         fusion="qkv",
     ),
-    Entry(_LAYER + "self_attention.linear_proj.weight", (_ATTENTION + "wo.weight",), split_axis=1),
-    Entry(_LAYER + "self_attention.q_layernorm.weight", (_ATTENTION + "q_norm.weight",)),
-    Entry(_LAYER + "self_attention.k_layernorm.weight", (_ATTENTION + "k_norm.weight",)),
+    _entry(
+        "self_attention.linear_proj.weight",
+        "attention.wo.weight",
+        "self_attention.proj.weight",
+        "self_attn.o_proj.weight",
+        split_axis=1,
+    ),
+    _entry(
+        "self_attention.q_layernorm.weight",
+        "attention.q_norm.weight",
+        "self_attention.q_norm.weight",
+        "self_attn.q_norm.weight",
+    ),
+    _entry(
+        "self_attention.k_layernorm.weight",
+        "attention.k_norm.weight",
+        "self_attention.k_norm.weight",
+        "self_attn.k_norm.weight",
+    ),
 )
 _CROSS_ATTENTION_ENTRIES = (
-    Entry(_LAYER + "cross_attention.linear_q.weight", (_CROSS + "wq.weight",), split_axis=0),
-    Entry(
-        _LAYER + "cross_attention.linear_kv.weight",
-        (_CROSS + "wk.weight", _CROSS + "wv.weight"),
+    _entry(
+        "cross_attention.linear_q.weight",
+        "cross_attention.wq.weight",
+        "inter_attention.layernorm_query.query_weight",
+        "cross_attn.q_proj.weight",
+        split_axis=0,
+    ),
+    _entry(
+        "cross_attention.linear_kv.weight",
+        "cross_attention.wk.weight cross_attention.wv.weight",
+        "inter_attention.key_value.key_weight inter_attention.key_value.value_weight",
+        "cross_attn.k_proj.weight cross_attn.v_proj.weight",
         split_axis=0,
         fusion="kv",
     ),
-    Entry(_LAYER + "cross_attention.linear_proj.weight", (_CROSS + "wo.weight",), split_axis=1),
-    Entry(_LAYER + "cross_attention.q_layernorm.weight", (_CROSS + "q_norm.weight",)),
-    Entry(_LAYER + "cross_attention.k_layernorm.weight", (_CROSS + "k_norm.weight",)),
-    Entry(_LAYER + "pre_cross_attn_layernorm.weight", ("layers.{i}.cross_attention_norm.weight",)),
+    _entry(
+        "cross_attention.linear_proj.weight",
+        "cross_attention.wo.weight",
+        "inter_attention.proj.weight",
+        "cross_attn.o_proj.weight",
+        split_axis=1,
+    ),
+    _entry(
+        "cross_attention.q_layernorm.weight",
+        "cross_attention.q_norm.weight",
+        "inter_attention.q_norm.weight",
+        "cross_attn.q_norm.weight",
+    ),
+    _entry(
+        "cross_attention.k_layernorm.weight",
+        "cross_attention.k_norm.weight",
+        "inter_attention.k_norm.weight",
+        "cross_attn.k_norm.weight",
+    ),
+    _entry(
+        "pre_cross_attn_layernorm.weight",
+        "cross_attention_norm.weight",
+        "inter_attention.layernorm_query.layer_norm_weight",
+        "cross_attention_layernorm.weight",
+    ),
 )
 _MLP_ENTRIES = (
-    Entry(
-        _LAYER + "mlp.linear_fc1.weight",
-        (_MLP + "w1.weight", _MLP + "w3.weight"),
+    _entry(
+        "mlp.linear_fc1.weight",
+        "feed_forward.w1.weight feed_forward.w3.weight",
+        "layernorm_mlp.fc1_weight",
+        "mlp.gate_proj.weight mlp.up_proj.weight",
         split_axis=0,
         fusion="gate_up",
     ),
-    Entry(_LAYER + "mlp.linear_fc2.weight", (_MLP + "w2.weight",), split_axis=1),
-    Entry(
-        _LAYER + "self_attention.linear_qkv.layer_norm_weight",
-        ("layers.{i}.attention_norm.weight",),
-        local=_LAYER + "input_layernorm.weight",
+    _entry(
+        "mlp.linear_fc2.weight",
+        "feed_forward.w2.weight",
+        "layernorm_mlp.fc2_weight",
+        "mlp.down_proj.weight",
+        split_axis=1,
     ),
-    Entry(
-        _LAYER + "mlp.linear_fc1.layer_norm_weight",
-        ("layers.{i}.ffn_norm.weight",),
-        local=_LAYER + "pre_mlp_layernorm.weight",
+    _entry(
+        "self_attention.linear_qkv.layer_norm_weight",
+        "attention_norm.weight",
+        _TE_QKV + "layer_norm_weight",
+        "input_layernorm.weight",
+        local="input_layernorm.weight",
+    ),
+    _entry(
+        "mlp.linear_fc1.layer_norm_weight",
+        "ffn_norm.weight",
+        "layernorm_mlp.layer_norm_weight",
+        "post_attention_layernorm.weight",
+        local="pre_mlp_layernorm.weight",
     ),
 )
-_EMBEDDING = Entry("embedding.word_embeddings.weight", ("tok_embeddings.weight",), split_axis=0)
+_EMBEDDING = Entry(
+    "embedding.word_embeddings.weight",
+    ("tok_embeddings.weight",),
+    ("tok_embeddings.weight",),
+    ("model.embed_tokens.weight",),
+    split_axis=0,
+)
 _HEAD_ENTRIES = (
-    Entry("decoder.final_layernorm.weight", ("norm.weight",)),
-    Entry("output_layer.weight", ("output.weight",), split_axis=0),
+    Entry("decoder.final_layernorm.weight", ("norm.weight",), ("norm.weight",), ("model.norm.weight",)),
+    Entry("output_layer.weight", ("output.weight",), ("output.weight",), ("lm_head.weight",), split_axis=0),
 )
 
 
@@ -111,6 +207,39 @@ def entries(arch: ModelArch) -> Iterator[Entry]:
         for entry in (*_SELF_ATTENTION_ENTRIES, *cross, *_MLP_ENTRIES):
             yield entry.at(layer)
     yield from _HEAD_ENTRIES
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file layout: its name there, and the original's tensors that it holds, joined along rows."""
+
+    name: str
+    originals: tuple[str, ...]
+    split_axis: int | None
+
+
+def stored_tensors(arch: ModelArch, naming: str) -> list[Stored]:
+    """All tensors of a file layout, in the original's order.
+
+    Args:
+        arch: the model.
+        naming: ``originals``, ``te`` or ``hub``: the column of the table to take names from.
+    """
+    stored = []
+    for entry in entries(arch):
+        names: tuple[str, ...] = getattr(entry, naming)
+        groups = [entry.originals] if len(names) < len(entry.originals) else [(part,) for part in entry.originals]
+        stored += [Stored(name, group, entry.split_axis) for name, group in zip(names, groups, strict=True)]
+    order = {name: i for i, name in enumerate(original_shapes(arch))}
+    return sorted(stored, key=lambda tensor: order[tensor.originals[0]])
+
+
+def stacked_name(ours: str) -> tuple[str, int | None]:
+    """Megatron's key of a parameter in a distributed checkpoint, where layers are stacked, and the layer (or None)."""
+    parts = ours.split(".")
+    if parts[:2] != ["decoder", "layers"]:
+        return ours, None
+    return ".".join(parts[:2] + parts[3:]), int(parts[2])
 
 
 def original_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:

@@ -52,20 +52,20 @@ def encode_mp4(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps: 
     height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise ValueError(f"cannot write {path} with frames of {height}x{width}: H.264 needs an even height and width")
-    with replaced_file(path) as temporary:
-        with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": str(crf)}
-            for frame in _same_shape(first, frames, path):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+    with (
+        replaced_file(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": str(crf)}
+        for frame in _same_shape(first, frames, path):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
     return Path(path)
 
 
-def _same_shape(
-    first: np.ndarray, others: Iterator[np.ndarray], path: str | os.PathLike[str]
-) -> Iterator[np.ndarray]:
+def _same_shape(first: np.ndarray, others: Iterator[np.ndarray], path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
     """Passes the frames on in memory order, refusing what is no RGB frame of the first one's size."""
     shape = (*first.shape[:2], 3)
     frame: np.ndarray | None = first

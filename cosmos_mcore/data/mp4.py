@@ -15,6 +15,10 @@ import av
 import numpy as np
 
 
+# Tags that are not UTF-8 must not cost a file; PyAV 19 replaces such bytes by itself and has dropped the option.
+_OPEN_OPTIONS: dict[str, str] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+
+
 class UnreadableVideoError(Exception):
     """A video file, or a part of it, cannot be read; the message is the reason, without the file's name."""
 
@@ -35,7 +39,7 @@ class Mp4File:
         """
         try:
             size = os.stat(path).st_size
-            self._container = av.open(os.fspath(path), metadata_errors="replace")
+            self._container = av.open(os.fspath(path), **_OPEN_OPTIONS)
         except (av.error.FFmpegError, OSError) as error:
             raise UnreadableVideoError(f"cannot be opened ({_reason(error)})") from error
         if not self._container.streams.video:

@@ -2,7 +2,7 @@
 
 The motion is regular on purpose, so that a tiny model learns it within minutes: a shape starts on a corner of the
 tokenizer's 16-pixel grid and moves one cell per 8 frames, in the direction that belongs to its kind (discs to the
-right, squares to the left, ...), leaving on one side and entering on the other. One frame thus says how the clip goes on.
+right, squares to the left, ...), leaving on one side and entering on the other. So one frame says how a clip goes on.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ def draw_frames(shapes: list[Shape], num_frames: int, height: int, width: int) -
         Frames uint8 [height, width, 3], RGB.
     """
     for frame in range(num_frames):
-        picture = np.broadcast_to(np.float32(BACKGROUND), (height, width, 3)).copy()
+        picture = np.full((height, width, 3), BACKGROUND, dtype=np.float32)
         for shape in shapes:
             top, left = shape.position(frame)
             rows, columns = (top + np.arange(SIZE)) % height, (left + np.arange(SIZE)) % width
             part = np.ix_(rows, columns)
             cover = _coverage(shape.kind)[..., None]
-            picture[part] = (1 - cover) * picture[part] + cover * np.float32(shape.colour)
+            picture[part] = (1 - cover) * picture[part] + cover * np.array(shape.colour, dtype=np.float32)
         yield picture.round().astype(np.uint8)
 
 

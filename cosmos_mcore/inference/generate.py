@@ -45,7 +45,8 @@ def generate_tokens(
     total = prompt_length + num_new_tokens
     if total > len(model.rotary_angles):
         raise ValueError(
-            f"{prompt_length} given and {num_new_tokens} new tokens exceed the model's {len(model.rotary_angles)} positions"
+            f"{prompt_length} given and {num_new_tokens} new tokens are more than the model's "
+            f"{len(model.rotary_angles)} positions"
         )
     ids = torch.cat((prompt, prompt.new_empty(batch, num_new_tokens)), dim=1)
     cache = StaticInferenceContext(batch, total)

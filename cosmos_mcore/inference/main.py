@@ -32,7 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", help="the run's YAML file; default: the config.yaml beside the checkpoint")
-    add("--checkpoint", help="an iter_... folder, or a run's checkpoints folder; default: the newest of the config's run")
+    add(
+        "--checkpoint",
+        help="an iter_... folder, or a run's checkpoints folder; default: the newest of the config's run",
+    )
     add("--input_image_or_video_path", required=True, help="what to continue: an image, or a video's last frames")
     add("--num_input_frames", type=int, choices=(1, 9), default=9, help="frames of a video to continue from")
     add("--temperature", type=float, default=1.0, help="0: always take the most likely token")
@@ -44,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--compare",
         action="store_true",
-        help="continue from inside the video, where the truth is known: take the last frames that make up a whole clip, "
+        help="continue from inside the video, where the truth is known: take the last frames that make up a clip, "
         "continue the first of them, and also write truth, tokenizer round trip and result side by side",
     )
     return parser
@@ -92,7 +95,9 @@ def _load_run_config(path: str | None, checkpoint: str | None) -> RunConfig:
     for folder in (Path(checkpoint), *Path(checkpoint).absolute().parents[:2]):
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml")
-    raise ValueError(f"there is no config.yaml beside the checkpoint {checkpoint}; give --config with the run's YAML file")
+    raise ValueError(
+        f"there is no config.yaml beside the checkpoint {checkpoint}; give --config with the run's YAML file"
+    )
 
 
 def find_checkpoint(path: str | Path) -> Path:

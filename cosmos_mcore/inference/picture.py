@@ -84,7 +84,12 @@ def write_strip(
     def box(row: int, column: int) -> tuple[float, float, float, float]:
         left = label_width + column * (cell_width + gap)
         top = total_height - head - row * (cell_height + gap)
-        return left / total_width, (top - cell_height) / total_height, cell_width / total_width, cell_height / total_height
+        return (
+            left / total_width,
+            (top - cell_height) / total_height,
+            cell_width / total_width,
+            cell_height / total_height,
+        )
 
     for row, (label, frames) in enumerate(videos.items()):
         last_row = row == len(videos) - 1

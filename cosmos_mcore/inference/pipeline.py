@@ -56,7 +56,7 @@ class VideoPipeline:
         """Generates the rest of a clip.
 
         Args:
-            conditioning: [1, 3, T, H, W] float32 in [-1, 1], the first 1 + 8k frames of the clip; only they are encoded.
+            conditioning: [1, 3, T, H, W] float32 in [-1, 1], the first 1 + 8k frames of the clip.
             options: how ids are drawn.
             seed: the same one gives the same video on the same device, whatever was generated before.
 

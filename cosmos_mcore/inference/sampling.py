@@ -62,7 +62,8 @@ def pick(probabilities: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor) ->
     """Draws one id per row: the largest ratio of probability to exponential noise (the Gumbel trick).
 
     Args:
-        probabilities, ids: [B, V] as ``ranked_probabilities`` returns them.
+        probabilities: [B, V] float32, most likely first.
+        ids: [B, V] int64, their token ids, as ``ranked_probabilities`` returns them.
         noise: [B, V] float32, independent draws of the exponential distribution with rate 1.
 
     Returns:

@@ -63,8 +63,8 @@ def read_conditioning(
     """Reads the frames that a generated video continues (spec/inference.md section 2).
 
     Args:
-        path: an image (.png, .jpg, .jpeg, .webp; any colour mode), which gives one frame whatever ``num_frames`` says, or
-            a video, of which the last ``num_frames`` frames are taken.
+        path: an image (.png, .jpg, .jpeg, .webp; any colour mode), which gives one frame whatever ``num_frames`` says,
+            or a video, of which the last ``num_frames`` frames are taken.
         num_frames: frames to take from a video.
         height: of the result, pixels.
         width: of the result, pixels.
@@ -98,7 +98,9 @@ def frame_rate(path: str | os.PathLike[str], frame_stride: int = 1) -> float:
 
 
 def cover(frames: Tensor, height: int, width: int) -> Tensor:
-    """Resizes frames, keeping their aspect, until they cover a size, then cuts out the centre (spec/inference.md section 2).
+    """Resizes frames, in their aspect ratio until they cover a size, then cuts out the centre.
+
+    See spec/inference.md section 2; unlike training's transform it never rounds to grey levels.
 
     Args:
         frames: [N, C, h, w] float32.
@@ -106,7 +108,7 @@ def cover(frames: Tensor, height: int, width: int) -> Tensor:
         width: of the result, pixels.
 
     Returns:
-        [N, C, height, width] float32; antialiased bilinear, on numbers that are never rounded to grey levels.
+        [N, C, height, width] float32; antialiased bilinear.
     """
     h, w = frames.shape[-2:]
     ratio = max(width / w, height / h)

@@ -45,12 +45,19 @@ def report_error(error: Exception) -> int:
 
 
 def configure_logging() -> None:
-    """Our own messages on rank 0; warnings and worse of everything on every rank."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout, force=True)
-    if is_rank_zero():
-        logging.getLogger("cosmos_mcore").setLevel(logging.INFO)
-    # On import Megatron-Core warns about every optional package that is missing, in every process.
-    warnings.filterwarnings("ignore", module="megatron")
+    """Our own messages on rank 0, as they are; warnings and worse of everything else."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout, force=True
+    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("cosmos_mcore")
+    ours.handlers = [handler]
+    ours.propagate = False
+    ours.setLevel(logging.INFO if is_rank_zero() else logging.WARNING)
+    # Megatron and torch warn, in every process, about each optional package that is missing and about their own future;
+    # in CPU mode the warnings of torch functions come from the frame that stands between.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|cosmos_mcore\.parallel\.cpu_mode)\b.*")
 
 
 def _raised_by_us(error: Exception) -> bool:

@@ -49,6 +49,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        create_gloo_process_groups=False,  # a second set of groups that only Megatron's older checkpoints need
     )
     _make_replica_groups()
     # Nothing in training draws random numbers (no dropout; weights and clips have generators of their own), so the

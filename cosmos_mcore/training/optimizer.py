@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -30,15 +28,10 @@ def build_optimizer(config: RunConfig, model: list[DistributedDataParallel]) -> 
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
     # An empty dict switches off Megatron's habit of not decaying one-dimensional parameters.
-    return get_megatron_optimizer(megatron_config, model, config_overrides={})
+    return get_megatron_optimizer(megatron_config, model, config_overrides={}, use_gloo_process_groups=False)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
     """Sets the rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def inner_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
-    """The Megatron optimizers inside a chained one."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])

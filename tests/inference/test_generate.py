@@ -57,7 +57,7 @@ def test_the_seed_alone_decides(results):
 
 
 def test_what_does_not_fit_is_refused(results):
-    assert "exceed the model's 72 positions" in results[0]["tokens"]["too_long"]
+    assert "are more than the model's 72 positions" in results[0]["tokens"]["too_long"]
     assert "pipeline_model_parallel_size=1" in results[0]["tokens"]["staged"]
     frames, whole_clip, size = results[0]["videos"]["bad"]
     assert "8 given frames do not fit" in frames

@@ -50,7 +50,9 @@ def test_values_are_rounded_and_clamped():
     assert np.array_equal(to_frames(frames), frames.numpy())
 
 
-@pytest.mark.parametrize("video", [torch.zeros(1, 3, 2, 16, 16), torch.zeros(4, 2, 16, 16), torch.zeros(3, 2, 16, 16).int()])
+@pytest.mark.parametrize(
+    "video", [torch.zeros(1, 3, 2, 16, 16), torch.zeros(4, 2, 16, 16), torch.zeros(3, 2, 16, 16).int()]
+)
 def test_other_shapes_are_refused(video):
     with pytest.raises(ValueError, match="a video must be"):
         to_frames(video)

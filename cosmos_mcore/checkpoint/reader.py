@@ -1,0 +1,224 @@
+"""A checkpoint of any layout, seen as the original's full tensors, read one at a time."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cosmos_mcore.checkpoint.architecture import arch_of_size, check_tensors
+from cosmos_mcore.checkpoint.files import release_pages
+from cosmos_mcore.checkpoint.names import Stored, original_shapes, stored_tensors
+from cosmos_mcore.model.presets import ModelArch
+
+logger = logging.getLogger(__name__)
+
+WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+MOMENTS = (EXP_AVG, EXP_AVG_SQ)
+# Replicated tensors of one model may differ between tensor-parallel ranks, since the original never sums the gradients
+# of the q/k-norms over them; this much is averaged away, as its merge tool does (spec/checkpoint.md section 3).
+_REPLICA_TOLERANCE = {"atol": 5e-2, "rtol": 0.1}
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a training checkpoint holds beside the tensors.
+
+    Attributes:
+        iteration: optimizer steps done.
+        step: Adam's step count.
+        param_group: hyperparameters of the optimizer (``lr``, ``betas``, ``eps``, ``weight_decay`` ...).
+        scheduler: the original's scheduler state; empty where the layout has none.
+    """
+
+    iteration: int
+    step: float
+    param_group: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Checkpoint(ABC):
+    """Weights, and Adam's moments where there are any, under the original's names without the ``model.`` prefix.
+
+    Attributes:
+        path: what was opened.
+        layout: ``monolithic``, ``mp``, ``te``, ``safetensors``, ``distributed`` or ``training``.
+        arch: the model.
+        training: progress and hyperparameters if Adam's moments are there, else None.
+    """
+
+    path: Path
+    layout: str
+    arch: ModelArch
+    training: TrainingState | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors' names, in the original's order."""
+        return list(original_shapes(self.arch))
+
+    @abstractmethod
+    def dtype(self, name: str, state: str = WEIGHT) -> torch.dtype:
+        """The dtype that ``read`` returns."""
+
+    @abstractmethod
+    def read(self, name: str, state: str = WEIGHT) -> Tensor:
+        """Reads one full tensor.
+
+        Args:
+            name: the original's name.
+            state: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
+
+        Raises:
+            ValueError: naming file and tensor, if the bytes are damaged.
+        """
+
+    def release(self) -> None:
+        """Gives back the memory of the tensors read since the last call; they may still be used, and are read again."""
+        return None
+
+
+class TensorFile(Protocol):
+    """A file with mapped tensors."""
+
+    path: Path
+
+    def check(self, tensor: Tensor, name: str) -> None:
+        """Raises ValueError if the tensor's bytes do not match their checksum."""
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A mapped tensor and the file it lies in."""
+
+    tensor: Tensor
+    file: TensorFile
+
+
+class FilesCheckpoint(Checkpoint):
+    """Any layout that is made of files with named tensors: one set of tensors per tensor-parallel rank."""
+
+    def __init__(
+        self,
+        path: Path,
+        layout: str,
+        naming: str,
+        ranks: Sequence[Mapping[str, FileTensor]],
+        model_size: str = "auto",
+        moments: Sequence[Mapping[tuple[str, str], FileTensor]] = (),
+        training: TrainingState | None = None,
+    ) -> None:
+        """Checks names and shapes against the table.
+
+        Args:
+            path: what was opened, for messages.
+            layout: its name.
+            naming: the column of the name table that the names come from.
+            ranks: the tensors of each tensor-parallel rank, by name without the ``model.`` prefix.
+            model_size: as ``--model_size``.
+            moments: Adam's moments of each rank, by (state, the original's name).
+            training: progress and hyperparameters.
+
+        Raises:
+            ValueError: if tensors are missing, unexpected or misshapen.
+        """
+        self.path, self.layout, self.training = path, layout, training
+        full = _full_shapes(ranks[0], naming, len(ranks))
+        self.arch = arch_of_size(model_size, full, str(path))
+        stored = stored_tensors(self.arch, naming)
+        shapes = original_shapes(self.arch)
+        expected = {tensor.name: _part_shape(tensor, shapes, len(ranks)) for tensor in stored}
+        for tensors in ranks:
+            files = sorted({str(entry.file.path) for entry in tensors.values()})
+            check_tensors({name: tuple(entry.tensor.shape) for name, entry in tensors.items()}, expected, files[0])
+            for name, entry in tensors.items():
+                if entry.tensor.dtype != ranks[0][name].tensor.dtype:
+                    raise ValueError(f"{files[0]}: {name} is {entry.tensor.dtype}, unlike in the first shard")
+        self._stored = {name: tensor for tensor in stored for name in tensor.originals}
+        self._ranks, self._moments = ranks, moments
+        self._touched: list[Tensor] = []
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """How many shards each tensor is cut in."""
+        return len(self._ranks)
+
+    def dtype(self, name: str, state: str = WEIGHT) -> torch.dtype:
+        """See ``Checkpoint``."""
+        return self._parts(name, state)[0].tensor.dtype
+
+    def read(self, name: str, state: str = WEIGHT) -> Tensor:
+        """See ``Checkpoint``."""
+        stored, parts = self._stored[name], []
+        for entry in self._parts(name, state):
+            entry.file.check(entry.tensor, name)
+            self._touched.append(entry.tensor)
+            tensor = entry.tensor
+            if state == WEIGHT and len(stored.originals) > 1:
+                tensor = tensor.chunk(len(stored.originals))[stored.originals.index(name)]
+            parts.append(tensor)
+        if len(parts) == 1:
+            return parts[0]
+        if stored.split_axis is None:
+            return self._replicated(parts, name, state)
+        return torch.cat(parts, stored.split_axis)
+
+    def release(self) -> None:
+        """See ``Checkpoint``."""
+        for tensor in self._touched:
+            release_pages(tensor)
+        self._touched = []
+
+    def _parts(self, name: str, state: str) -> list[FileTensor]:
+        if state == WEIGHT:
+            return [tensors[self._stored[name].name] for tensors in self._ranks]
+        return [tensors[state, name] for tensors in self._moments]
+
+    def _replicated(self, parts: list[Tensor], name: str, state: str) -> Tensor:
+        if all(torch.equal(part, parts[0]) for part in parts[1:]):
+            return parts[0]
+        mean = torch.stack([part.float() for part in parts]).mean(0)
+        if state == WEIGHT:
+            if not torch.allclose(parts[0].float(), mean, **_REPLICA_TOLERANCE):
+                raise ValueError(
+                    f"{self.path}: {name} should be the same in all {len(parts)} shards, but it is not: are these "
+                    "shards of one model?"
+                )
+            logger.warning("%s: %s differs between the shards; their mean is taken", self.path, name)
+        return mean.to(parts[0].dtype)
+
+
+def _part_shape(stored: Stored, shapes: Mapping[str, tuple[int, ...]], ranks: int) -> tuple[int, ...]:
+    """Shape of one rank's part of a stored tensor."""
+    shape = list(shapes[stored.originals[0]])
+    shape[0] = sum(shapes[name][0] for name in stored.originals)
+    if stored.split_axis is not None:
+        shape[stored.split_axis] //= ranks
+    return tuple(shape)
+
+
+def _full_shapes(tensors: Mapping[str, FileTensor], naming: str, ranks: int) -> dict[str, tuple[int, ...]]:
+    """Full shapes under the original's names, as far as names are known (others keep theirs)."""
+    layers = [int(part) for name in tensors for part in name.split(".") if part.isdigit()]
+    layers = [layer for layer in layers if layer < len(tensors)]
+    table = {}
+    for context in (None, 1):  # the widest table that the names may come from
+        arch = ModelArch(num_layers=max(layers, default=0) + 1, hidden_size=1, context_size=context)
+        table.update({tensor.name: tensor for tensor in stored_tensors(arch, naming)})
+    shapes = {}
+    for name, entry in tensors.items():
+        stored, shape = table.get(name), list(entry.tensor.shape)
+        if stored is None:
+            shapes[name] = tuple(shape)
+            continue
+        if stored.split_axis is not None and stored.split_axis < len(shape):
+            shape[stored.split_axis] *= ranks
+        for original in stored.originals:
+            shapes[original] = (shape[0] // len(stored.originals), *shape[1:]) if shape else ()
+    return shapes

@@ -1,0 +1,219 @@
+"""Files of ``torch.save``, read and written one tensor at a time.
+
+``torch.save`` needs the whole model in memory. The format allows better: a ZIP archive of uncompressed records, first a
+small pickle that describes the nested structure, then the bytes of each tensor. Reading maps the file; writing appends
+record after record. ``torch.load`` reads the result as it reads its own (PyTorch's notes on serialization describe it).
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64  # bytes; lets torch map tensors of any dtype
+_LOCAL_HEADER = 30  # bytes of a ZIP record's header before its name
+_ZIP64_EXTRA = 20  # bytes that zipfile adds to the header of a record that may pass 2 GiB
+_STORAGES = {
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.float16: torch.HalfStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float64: torch.DoubleStorage,
+    torch.int64: torch.LongStorage,
+    torch.int32: torch.IntStorage,
+    torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Stands for a tensor in the structure given to ``TorchFileWriter``."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TorchFile:
+    """A file of ``torch.save`` whose tensors are mapped from disk.
+
+    Attributes:
+        path: the file.
+        content: what was saved; only plain containers, numbers, strings and tensors are accepted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file; no tensor is read yet.
+
+        Raises:
+            ValueError: if it is not a complete file of ``torch.save``, or would run code.
+        """
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                records = [info for info in archive.infolist() if re.fullmatch(r"[^/]+/data/\d+", info.filename)]
+            self.content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(_unsafe(str(path), error)) from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, KeyError, IndexError):
+            raise ValueError(f"{path} is truncated or is not a file of torch.save; copy or download it again") from None
+        # torch does not say which record a tensor came from; records and storages lie in the same order.
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors(self.content) if t.numel()}
+        infos = sorted((info for info in records if info.file_size), key=lambda info: info.header_offset)
+        self._unchecked = dict(zip(sorted(storages), infos, strict=False))
+        if [storages[pointer].nbytes() for pointer in sorted(storages)] != [info.file_size for info in infos]:
+            raise ValueError(f"{path} is corrupted: its tensors do not match its records; copy or download it again")
+
+    def check(self, tensor: Tensor, name: str) -> None:
+        """Compares the bytes of one of the file's tensors with their checksum, the first time it is asked for.
+
+        Raises:
+            ValueError: naming file and tensor, if they differ.
+        """
+        storage = tensor.untyped_storage()
+        info = self._unchecked.pop(storage.data_ptr(), None)
+        if info is not None and zlib.crc32(_bytes(torch.empty(0, dtype=torch.uint8).set_(storage))) != info.CRC:
+            raise ValueError(f"{self.path} is corrupted: {name} does not match its checksum; copy or download it again")
+
+
+class TorchFileWriter:
+    """Writes what ``torch.save(structure)`` would, tensor after tensor.
+
+    Use as a context manager; the file is complete when the block ends.
+    """
+
+    def __init__(self, path: Path, structure: Any) -> None:
+        """Starts the file.
+
+        Args:
+            path: the file to write.
+            structure: nested containers with a ``TensorSpec`` in the place of each tensor.
+        """
+        self._expected: list[TensorSpec] = []
+        self._next = 0
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        pickled = io.BytesIO()
+        pickler = _StructurePickler(pickled, self._expected)
+        pickler.dump(structure)
+        self._record("data.pkl", pickled.getvalue())
+        self._record("byteorder", b"little")
+
+    def write(self, tensor: Tensor) -> None:
+        """Appends the next tensor, in the order in which the structure names them."""
+        spec = self._expected[self._next]
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), f"expected {spec}"
+        self._record(f"data/{self._next}", _bytes(tensor))
+        self._next += 1
+
+    def __enter__(self) -> TorchFileWriter:
+        """Starts the block."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Finishes the file, or closes it as it is after an error."""
+        try:
+            if error is None:
+                assert self._next == len(self._expected), "tensors are missing"
+                self._record("version", b"3\n")
+                self._archive.close()
+        finally:
+            self._file.close()
+
+    def _record(self, name: str, data: Any) -> None:
+        info = zipfile.ZipInfo("archive/" + name)  # its fixed default date makes equal files equal
+        info.file_size = memoryview(data).nbytes
+        header = _LOCAL_HEADER + len(info.filename)
+        if info.file_size * 1.05 > zipfile.ZIP64_LIMIT:
+            header += _ZIP64_EXTRA
+        padding = -(self._file.tell() + header + 4) % _ALIGNMENT
+        info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # as torch pads
+        with self._archive.open(info, "w") as record:
+            record.write(data)
+
+
+class _Storage:
+    """One tensor's bytes in the pickle; written as a persistent reference to record ``data/{key}``."""
+
+    def __init__(self, spec: TensorSpec, key: int) -> None:
+        self.reference = ("storage", _STORAGES[spec.dtype], str(key), "cpu", _numel(spec.shape))
+
+
+class _StructurePickler(pickle.Pickler):
+    """Pickles a structure with ``TensorSpec`` leaves as torch pickles tensors."""
+
+    def __init__(self, file: io.BytesIO, expected: list[TensorSpec]) -> None:
+        super().__init__(file, protocol=2)
+        self._expected = expected
+
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.reference if isinstance(obj, _Storage) else None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, TensorSpec):
+            return NotImplemented
+        storage = _Storage(obj, len(self._expected))
+        self._expected.append(obj)
+        strides = torch.empty(obj.shape, device="meta").stride()
+        arguments = (storage, 0, obj.shape, strides, False, collections.OrderedDict())
+        return torch._utils._rebuild_tensor_v2, arguments
+
+
+def load_tensor(data: bytes, where: str) -> Tensor:
+    """Reads a tensor from the bytes of a small ``torch.save`` archive inside another file, checksum included.
+
+    Raises:
+        ValueError: if the bytes are damaged or would run code.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if isinstance(tensor, Tensor):
+                return tensor
+    except pickle.UnpicklingError as error:
+        raise ValueError(_unsafe(where, error)) from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError):
+        pass
+    raise ValueError(f"{where} is corrupted: it does not match its checksum; copy it again")
+
+
+def _unsafe(where: str, error: Exception) -> str:
+    found = re.search(r"(?:GLOBAL|Unsupported global:|class) ([\w.]+)", str(error))
+    what = f" ({found.group(1)})" if found else ""
+    return f"{where} is refused: it holds Python objects{what} that could run code; only plain tensors are read"
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from _tensors(value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            yield from _tensors(value)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's bytes as a buffer; a copy only if it is not contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
