@@ -146,7 +146,7 @@ def _files(path: Path) -> list[Path]:
     folder = path if path.is_dir() else path.parent
     index = folder / INDEX
     if not index.is_file():
-        return [folder / _SINGLE]
+        return sorted(folder.glob("*.safetensors")) or [folder / _SINGLE]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):

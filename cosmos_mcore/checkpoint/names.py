@@ -10,7 +10,7 @@ fusion of the shards of its parts. So one rule covers the query-key-value interl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -269,6 +269,11 @@ def original_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
     shapes["norm.weight"] = (hidden,)
     shapes["output.weight"] = (arch.vocab_size, hidden)
     return shapes
+
+
+def ours_shape(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Full shape of our parameter, from full shapes under the original's names: parts are joined along rows."""
+    return (sum(shapes[name][0] for name in entry.originals), *shapes[entry.originals[0]][1:])
 
 
 def shard(tensor: Tensor, axis: int | None, rank: int, size: int) -> Tensor:

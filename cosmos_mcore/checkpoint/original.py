@@ -64,6 +64,28 @@ def open_original(paths: Sequence[Path], base: Path, model_size: str = "auto") -
     return FilesCheckpoint(base, layout, naming, ranks, model_size)
 
 
+def open_shards(base: Path, model_size: str = "auto", tensor_parallel_size: int | None = None) -> FilesCheckpoint:
+    """Opens the shards ``X_model_mp_{k}.pt`` of ``X.pt``.
+
+    Args:
+        base: ``X.pt``, which need not exist.
+        model_size: as ``--model_size``.
+        tensor_parallel_size: how many there should be; None: as many as there are.
+
+    Raises:
+        ValueError: if there are none or another number, or one is damaged.
+    """
+    shards = existing_shards(base)
+    if not shards:
+        raise ValueError(f"{base} does not exist, nor does {shard_path(base, 0).name} beside it")
+    if tensor_parallel_size not in (None, len(shards)):
+        raise ValueError(
+            f"{base.stem}_model_mp_*.pt: there are {len(shards)} shards in {base.parent}; give --tensor_parallel_size "
+            f"{len(shards)} instead of {tensor_parallel_size}"
+        )
+    return open_original(shards, base, model_size)
+
+
 def state_dict(file: TorchFile) -> dict[str, FileTensor]:
     """The weights of a file: flat with or without the ``model.`` prefix, or nested under ``model``; no ``_extra_state``.
 

@@ -111,8 +111,6 @@ class FilesCheckpoint(Checkpoint):
         naming: str,
         ranks: Sequence[Mapping[str, FileTensor]],
         model_size: str = "auto",
-        moments: Sequence[Mapping[tuple[str, str], FileTensor]] = (),
-        training: TrainingState | None = None,
     ) -> None:
         """Checks names and shapes against the table.
 
@@ -122,13 +120,11 @@ class FilesCheckpoint(Checkpoint):
             naming: the column of the name table that the names come from.
             ranks: the tensors of each tensor-parallel rank, by name without the ``model.`` prefix.
             model_size: as ``--model_size``.
-            moments: Adam's moments of each rank, by (state, the original's name).
-            training: progress and hyperparameters.
 
         Raises:
             ValueError: if tensors are missing, unexpected or misshapen.
         """
-        self.path, self.layout, self.training = path, layout, training
+        self.path, self.layout = path, layout
         full = _full_shapes(ranks[0], naming, len(ranks))
         self.arch = arch_of_size(model_size, full, str(path))
         stored = stored_tensors(self.arch, naming)
@@ -141,8 +137,13 @@ class FilesCheckpoint(Checkpoint):
                 if entry.tensor.dtype != ranks[0][name].tensor.dtype:
                     raise ValueError(f"{files[0]}: {name} is {entry.tensor.dtype}, unlike in the first shard")
         self._stored = {name: tensor for tensor in stored for name in tensor.originals}
-        self._ranks, self._moments = ranks, moments
+        self._ranks = ranks
+        self._moments: Sequence[Mapping[tuple[str, str], FileTensor]] = ()
         self._touched: list[Tensor] = []
+
+    def add_training(self, training: TrainingState, moments: Sequence[Mapping[tuple[str, str], FileTensor]]) -> None:
+        """Adds progress, and Adam's moments of each rank by (state, the original's name), shaped as the weights."""
+        self.training, self._moments = training, moments
 
     @property
     def tensor_parallel_size(self) -> int:

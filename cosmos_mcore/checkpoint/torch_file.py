@@ -173,8 +173,8 @@ class _StructurePickler(pickle.Pickler):
         return torch._utils._rebuild_tensor_v2, arguments
 
 
-def load_tensor(data: bytes, where: str) -> Tensor:
-    """Reads a tensor from the bytes of a small ``torch.save`` archive inside another file, checksum included.
+def load_bytes(data: bytes, where: str) -> Any:
+    """Reads a small ``torch.save`` archive that lies inside another file, checksums included.
 
     Raises:
         ValueError: if the bytes are damaged or would run code.
@@ -183,9 +183,7 @@ def load_tensor(data: bytes, where: str) -> Tensor:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             damaged = archive.testzip()
         if damaged is None:
-            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            if isinstance(tensor, Tensor):
-                return tensor
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(_unsafe(where, error)) from None
     except (zipfile.BadZipFile, RuntimeError, EOFError):

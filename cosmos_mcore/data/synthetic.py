@@ -2,7 +2,7 @@
 
 The motion is regular on purpose, so that a tiny model learns it within minutes: a shape starts on a corner of the
 tokenizer's 16-pixel grid and moves one cell per 8 frames, in the direction that belongs to its kind (discs to the
-right, squares to the left, ...), leaving on one side and entering on the other. So one frame says how a clip goes on.
+right, squares to the left, ...), entering on the other side where it leaves. So one frame says how a clip goes on.
 """
 
 from __future__ import annotations
@@ -122,15 +122,24 @@ def _place_shapes(
         shape = Shape(
             kind,
             colour=COLOURS[random.integers(len(COLOURS))],
-            # Only the edges that a shape moves across may cut it.
-            top=CELL * int(random.integers((height if down else height - CELL) // CELL)),
-            left=CELL * int(random.integers((width if right else width - CELL) // CELL)),
+            top=_start(random, down, height, num_frames),
+            left=_start(random, right, width, num_frames),
         )
         if not any(_meet(shape, other, num_frames, height, width) for other in shapes):
             shapes.append(shape)
         if len(shapes) == count:
             break
     return shapes
+
+
+def _start(random: np.random.Generator, direction: int, size: int, num_frames: int) -> int:
+    """Draws a start on the grid along one axis, in pixels; where the picture has room, no edge cuts the shape."""
+    path = abs(direction) * SPEED * (num_frames - 1)
+    free = (size - SIZE - path) // CELL
+    if free < 0:
+        return CELL * int(random.integers(size // CELL))
+    start = CELL * int(random.integers(free + 1))
+    return start if direction >= 0 else size - SIZE - start
 
 
 def _meet(one: Shape, other: Shape, num_frames: int, height: int, width: int) -> bool:

@@ -14,7 +14,8 @@ from megatron.core.transformer.enums import AttnBackend
 from cosmos_mcore.config.derived import VideoLayout
 from cosmos_mcore.config.schema import ParallelConfig, RunConfig
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
-from cosmos_mcore.model.layer_specs import block_spec
+from cosmos_mcore.model.cross_attention import PositionTable
+from cosmos_mcore.model.layer_specs import Text, block_spec
 from cosmos_mcore.model.presets import ModelArch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -99,15 +100,18 @@ def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device:
     dtype = DTYPES[config.precision.dtype]
     megatron_config = transformer_config(arch, config.parallel, dtype, transformer_engine)
     virtual_stages = config.parallel.virtual_pipeline_model_parallel_size
+    text = None
+    if arch.context_size is not None:
+        table = PositionTable(arch.hidden_size, layout)
+        text = Text(arch.context_size, table)
 
     def chunk(vp_stage: int | None) -> CosmosARModel:
         on_stage: Callable[..., Any] = lambda check: check(ignore_virtual=False, vp_stage=vp_stage)  # noqa: E731
         return CosmosARModel(
             megatron_config,
             arch,
-            block_spec(megatron_config, transformer_engine, vp_stage),
-            layout.latent_shape,
-            layout.padded_sequence_length,
+            block_spec(megatron_config, transformer_engine, vp_stage, text),
+            layout,
             pre_process=on_stage(parallel_state.is_pipeline_first_stage),
             post_process=on_stage(parallel_state.is_pipeline_last_stage),
             vp_stage=vp_stage,

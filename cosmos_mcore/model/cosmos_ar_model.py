@@ -12,10 +12,11 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
-from cosmos_mcore.model.layer_specs import zigzag_positions
+from cosmos_mcore.config.derived import VideoLayout
 from cosmos_mcore.model.loss import TokenLosses, vocab_parallel_losses
 from cosmos_mcore.model.presets import ModelArch
 from cosmos_mcore.model.rotary import rotary_angles
+from cosmos_mcore.model.sequence import zigzag_positions
 
 
 class CosmosARModel(LanguageModule):
@@ -25,8 +26,7 @@ class CosmosARModel(LanguageModule):
         config: Megatron's config, as ``builder.transformer_config`` makes it.
         arch: sizes that Megatron's config has no field for (vocabulary, rotary base, YaRN).
         spec: the layers of this stage.
-        latent_shape: (T, H, W) of the clips; fixes the rotary angles.
-        padded_sequence_length: length of the token rows that ``forward`` gets in training.
+        layout: how a clip lies in the sequence; fixes the rotary angles.
         pre_process: this stage embeds the tokens.
         post_process: this stage computes logits and losses.
         vp_stage: virtual pipeline stage of this chunk.
@@ -37,8 +37,7 @@ class CosmosARModel(LanguageModule):
         config: TransformerConfig,
         arch: ModelArch,
         spec: TransformerBlockSubmodules,
-        latent_shape: tuple[int, int, int],
-        padded_sequence_length: int,
+        layout: VideoLayout,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -52,7 +51,7 @@ class CosmosARModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config,
                 arch.embedding_size,
-                padded_sequence_length,
+                layout.padded_sequence_length,
                 position_embedding_type="none",
                 tp_group=self.pg_collection.tp,
             )
@@ -76,20 +75,27 @@ class CosmosARModel(LanguageModule):
             )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
-        angles = rotary_angles(arch, latent_shape, arch.text_to_video, padded_sequence_length)
+        angles = rotary_angles(arch, layout.latent_shape, layout.begin_of_video, layout.padded_sequence_length)
         self.register_buffer("rotary_angles", angles, persistent=False)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Takes the hidden states of the stage before; Megatron's pipeline schedule calls it."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, inference_context: Any = None) -> Tensor | TokenLosses:
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        context: Tensor | None = None,
+        inference_context: Any = None,
+    ) -> Tensor | TokenLosses:
         """Runs this stage.
 
         Args:
             tokens: [B, S] int64. In training S is the padded length (under context parallelism: this rank's slice of it,
                 in zig-zag order). With a KV cache: only the new tokens.
             labels: [B, S] int64, the next token of every position; None: return logits.
+            context: text embeddings [text length, B, context size] of a text-to-video model, on every stage.
             inference_context: Megatron's KV cache, or None.
 
         Returns:
@@ -100,6 +106,7 @@ class CosmosARModel(LanguageModule):
         hidden = self.decoder(
             hidden,
             None,
+            context=context,
             rotary_pos_emb=self._angles(tokens.size(1), inference_context),
             inference_context=inference_context,
         )

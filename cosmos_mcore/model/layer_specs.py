@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -15,6 +18,14 @@ from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerCon
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
+
+from cosmos_mcore.model.cross_attention import (
+    GroupedCrossAttention,
+    GroupedCrossAttentionSubmodules,
+    PositionedTransformerLayer,
+    PositionTable,
+)
+from cosmos_mcore.model.sequence import zigzag_positions
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -105,37 +116,91 @@ class TorchAttention(MegatronModule):
         return {}
 
 
-def zigzag_positions(length: int, rank: int, ranks: int) -> Tensor:
-    """Positions that a context-parallel rank holds: slices ``rank`` and ``2 * ranks - 1 - rank`` of 2 * ranks.
+@dataclass(frozen=True)
+class Text:
+    """What the layers of a text-to-video model need besides Megatron's config."""
 
-    Both halves of a rank together cost the same under a causal mask. int64 [length / ranks].
+    context_size: int
+    position_table: PositionTable
+
+
+def block_spec(
+    config: TransformerConfig, transformer_engine: bool, vp_stage: int | None, text: Text | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm.
+
+    Args:
+        config: of the model.
+        transformer_engine: take Transformer Engine's modules (GPUs), else local ones.
+        vp_stage: virtual pipeline stage.
+        text: for text-to-video models.
     """
-    size = length // (2 * ranks)
-    return torch.cat([torch.arange(i * size, (i + 1) * size) for i in (rank, 2 * ranks - 1 - rank)])
-
-
-def block_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm."""
-    layer = _layer_spec(transformer_engine)
+    parts = _transformer_engine_parts() if transformer_engine else _LOCAL
+    layer = _layer_spec(parts, text)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=_norm(transformer_engine))
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=parts.norm)
 
 
-def _norm(transformer_engine: bool) -> type:
-    if not transformer_engine:
-        return RMSNorm
-    from megatron.core.extensions.transformer_engine import TENorm
+@dataclass(frozen=True)
+class _Parts:
+    layer: Callable[[], ModuleSpec]
+    norm: type
+    core_attention: type
+    column_linear: type
+    row_linear: type
 
-    return TENorm
 
-
-def _layer_spec(transformer_engine: bool) -> ModuleSpec:
-    if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+def _local_layer() -> ModuleSpec:
     spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = TorchAttention
+    return spec
+
+
+_LOCAL = _Parts(
+    _local_layer, RMSNorm, TorchAttention, tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear
+)
+
+
+def _transformer_engine_parts() -> _Parts:
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TEDotProductAttention,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    return _Parts(
+        lambda: get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True),
+        TENorm,
+        TEDotProductAttention,
+        TEColumnParallelLinear,
+        TERowParallelLinear,
+    )
+
+
+def _layer_spec(parts: _Parts, text: Text | None) -> ModuleSpec:
+    spec = parts.layer()
+    if text is None:
+        return spec
+    spec.module = PositionedTransformerLayer
+    spec.params = {**spec.params, "position_table": text.position_table}
+    layer = spec.submodules
+    layer.pre_cross_attn_layernorm = parts.norm
+    layer.cross_attention = ModuleSpec(
+        module=GroupedCrossAttention,
+        params={"context_size": text.context_size},
+        submodules=GroupedCrossAttentionSubmodules(
+            linear_q=parts.column_linear,
+            linear_kv=parts.column_linear,
+            core_attention=parts.core_attention,
+            linear_proj=parts.row_linear,
+            q_layernorm=parts.norm,
+            k_layernorm=parts.norm,
+        ),
+    )
+    layer.cross_attn_bda = get_bias_dropout_add
     return spec

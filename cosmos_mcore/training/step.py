@@ -16,8 +16,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from cosmos_mcore.config.derived import VideoLayout
-from cosmos_mcore.model.layer_specs import zigzag_positions
 from cosmos_mcore.model.loss import TokenLosses
+from cosmos_mcore.model.presets import ModelArch
+from cosmos_mcore.model.sequence import zigzag_positions
 
 
 class LossPositions:
@@ -27,8 +28,9 @@ class LossPositions:
     that has a next token; padding counts in neither.
     """
 
-    def __init__(self, layout: VideoLayout, z_loss_coeff: float, device: torch.device) -> None:
+    def __init__(self, layout: VideoLayout, arch: ModelArch, z_loss_coeff: float, device: torch.device) -> None:
         self.layout, self.z_loss_coeff = layout, z_loss_coeff
+        self.begin_of_video_id = arch.vocab_size  # the first id after the video tokens (spec/model.md section 5)
         positions = torch.arange(layout.padded_sequence_length)
         size = parallel_state.get_context_parallel_world_size()
         self.slice: Tensor | None = None
@@ -41,10 +43,12 @@ class LossPositions:
         self.in_z = predicts.to(device)
 
     def batch(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Pads ids [B, S] and returns this rank's (tokens, labels), [B, S_local] each."""
+        """Takes video ids [B, tokens of a clip] and returns this rank's (inputs, labels), [B, S_local] each."""
         layout = self.layout
         padded = tokens.new_zeros(len(tokens), layout.padded_sequence_length + 1)
-        padded[:, : tokens.size(1)] = tokens
+        if layout.begin_of_video:
+            padded[:, 0] = self.begin_of_video_id
+        padded[:, int(layout.begin_of_video) : layout.sequence_length] = tokens
         inputs, labels = padded[:, :-1], padded[:, 1:]
         if self.slice is not None:
             inputs, labels = inputs[:, self.slice], labels[:, self.slice]
@@ -86,6 +90,7 @@ def train_step(
     positions: LossPositions,
     tokens: Tensor,
     micro_batch_size: int,
+    context: Tensor | None = None,
 ) -> StepResult:
     """Runs forward, backward and update over this replica's part of the global batch.
 
@@ -93,13 +98,17 @@ def train_step(
         model: this rank's chunks.
         optimizer: its optimizer, learning rate set.
         positions: the loss positions of this rank.
-        tokens: [num_microbatches * micro_batch_size, S] int64, the same on all ranks of the replica.
+        tokens: [num_microbatches * micro_batch_size, tokens of a clip] int64, the same on all ranks of the replica.
         micro_batch_size: clips per micro-batch.
+        context: text embeddings [clips, text length, context size] of a text-to-video model, likewise.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    micro_batches = tokens.split(micro_batch_size)
+    micro_batches: list[tuple[Tensor, Tensor | None]] = [(part, None) for part in tokens.split(micro_batch_size)]
+    if context is not None:
+        texts = context.split(micro_batch_size)
+        micro_batches = [(part, text) for (part, _), text in zip(micro_batches, texts, strict=True)]
     iterators = [iter(micro_batches) for _ in model]
     reduced = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, positions),
@@ -115,9 +124,13 @@ def train_step(
     return StepResult(loss, z_loss, float(grad_norm), bool(updated))
 
 
-def _forward_step(positions: LossPositions, iterator: Iterator[Tensor], model: Any) -> tuple[Any, Any]:
-    tokens, labels = positions.batch(next(iterator))
-    return model(tokens, labels), positions.reduce
+def _forward_step(
+    positions: LossPositions, iterator: Iterator[tuple[Tensor, Tensor | None]], model: Any
+) -> tuple[Any, Any]:
+    video, text = next(iterator)
+    tokens, labels = positions.batch(video)
+    context = None if text is None else text.transpose(0, 1).contiguous()
+    return model(tokens, labels, context=context), positions.reduce
 
 
 def _mean_losses(reduced: list[dict[str, Tensor]], device: torch.device) -> Tensor:

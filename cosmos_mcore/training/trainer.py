@@ -44,7 +44,7 @@ class Trainer:
 
     def __init__(self, run: Run, callbacks: Sequence[Callback] | None = None) -> None:
         self.run, self.config, self.progress = run, run.config, run.progress
-        self.positions = LossPositions(run.layout, run.config.model.z_loss_coeff, run.device)
+        self.positions = LossPositions(run.layout, run.arch, run.config.model.z_loss_coeff, run.device)
         self.callbacks: Sequence[Callback] = ()
         if dist.get_rank() == 0:
             self.callbacks = default_callbacks(run.config) if callbacks is None else callbacks

@@ -1,0 +1,101 @@
+"""How fast, and in how little memory, are checkpoints converted? Compared with ``cp`` of the same bytes and reading them.
+
+    python benchmarks/convert.py [--preset 4b] [--folder /tmp/convert] [--keep]
+
+Writes a model of random bf16 with the real shapes (8 GB for 4b; three times that on disk for a while), then runs each
+conversion in a process of its own. A conversion also checks every checksum, computes new ones and waits for the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cosmos_mcore.checkpoint.names import original_shapes
+from cosmos_mcore.checkpoint.torch_file import TensorSpec, TorchFileWriter
+from cosmos_mcore.model.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+SLICE = 2**24  # numbers drawn at a time
+
+
+def write_random_model(path: Path, preset: str) -> None:
+    """Writes ``model.pt`` of random bf16, tensor by tensor."""
+    shapes = original_shapes(PRESETS[preset])
+    generator = torch.Generator().manual_seed(0)
+    with TorchFileWriter(path, {"model." + n: TensorSpec(s, torch.bfloat16) for n, s in shapes.items()}) as writer:
+        for shape in shapes.values():
+            tensor = torch.empty(shape, dtype=torch.bfloat16)
+            for part in tensor.view(-1).split(SLICE):
+                part.copy_(torch.randn(part.shape, generator=generator))
+            writer.write(tensor)
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Runs a command; returns wall seconds and its peak resident memory in GiB."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+
+
+def main() -> None:
+    """Runs all measurements and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="4b", choices=list(PRESETS))
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/cosmos_convert_benchmark"))
+    parser.add_argument("--keep", action="store_true", help="leave the generated model there, and use it if it is there")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / "model.pt"
+    if not model.exists():
+        write_random_model(model, arguments.preset)
+    size = model.stat().st_size
+    copy, shards, merged, hub = (folder / name for name in ("copy.pt", "model.pt", "merged.pt", "hub"))
+
+    copy_seconds, _ = measure(["cp", str(model), str(copy)])
+    sync_seconds, _ = measure(["sync", str(copy)])
+    read_seconds, _ = measure(["cat", str(copy)] if sys.stdout.isatty() else ["sh", "-c", f"cat {copy} > /dev/null"])
+    copy.unlink()
+    base = copy_seconds + read_seconds
+    print(f"{arguments.preset}: {size / 1e9:.2f} GB; torch {torch.__version__}, {os.cpu_count()} CPUs, {platform.machine()}")
+    print(f"cp {copy_seconds:.1f} s, reading once {read_seconds:.1f} s, together {base:.1f} s (fsync of the copy {sync_seconds:.1f} s)")
+
+    python = [sys.executable, "scripts/"]
+    commands = {
+        "shard, TP=4": ["shard_autoregressive_base_checkpoints.py", "-c", model, "-t", 4],
+        "merge": ["merge_autoregressive_tp_checkpoints.py", "-c", shards, "-o", merged, "-t", 4],
+        "safetensors": ["convert_checkpoint.py", "--input", model, "--output", hub, "--to", "safetensors"],
+    }
+    results = {"bytes": size, "cp_seconds": copy_seconds, "read_seconds": read_seconds, "sync_seconds": sync_seconds}
+    print(f"{'':14} {'seconds':>8} {'of cp + read':>13} {'peak GiB':>9}")
+    for name, (script, *rest) in commands.items():
+        seconds, peak = measure([python[0], python[1] + script, *map(str, rest)])
+        print(f"{name:14} {seconds:8.1f} {seconds / base:12.2f}x {peak:9.2f}", flush=True)
+        results[name] = {"seconds": seconds, "ratio": seconds / base, "peak_gib": peak}
+        if name == "merge":
+            sizes = [path.stat().st_size for path in sorted(folder.glob("model_model_mp_*.pt"))]
+            print(f"{'':14} a shard holds {max(sizes) / size:.3f} of the model")
+            merged.unlink()
+            for path in folder.glob("model_model_mp_*.pt"):
+                path.unlink()
+    shutil.rmtree(hub)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if not arguments.keep:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

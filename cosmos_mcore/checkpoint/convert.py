@@ -1,0 +1,62 @@
+"""Any layout of a checkpoint to any other, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cosmos_mcore.checkpoint.distributed_writer import write_distributed
+from cosmos_mcore.checkpoint.hub_files import write_safetensors
+from cosmos_mcore.checkpoint.original import write_original
+from cosmos_mcore.checkpoint.recognize import open_checkpoint
+from cosmos_mcore.checkpoint.training_folder import write_training
+
+LAYOUTS = ("monolithic", "mp", "te", "safetensors", "distributed", "training")
+
+
+def convert(
+    source: Path,
+    output: Path,
+    to: str,
+    *,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    model_size: str = "auto",
+    form: str = "prefixed",
+    force: bool = False,
+) -> list[Path]:
+    """Writes the checkpoint at ``source`` in another layout.
+
+    Nothing appears under the final names before everything is complete. Adam's moments go with the weights from and to
+    ``training`` and ``distributed``; the other layouts have no place for them.
+
+    Args:
+        source: as for ``open_checkpoint``.
+        output: ``X.pt`` for ``monolithic``, ``mp`` and ``te``; a folder for the others.
+        to: one of ``LAYOUTS``.
+        tensor_parallel_size: shards or chunks to cut tensors in; ``monolithic`` and ``safetensors`` have one.
+        pipeline_parallel_size: groups of layers with files of their own; ``distributed`` only.
+        model_size: of the source, as ``--model_size``.
+        form: of the original's files: ``prefixed``, ``plain`` or ``nested``.
+        force: replace existing outputs.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: one line, for anything the user can mend.
+    """
+    if to not in LAYOUTS:
+        raise ValueError(f"--to {to} is unknown; known: {', '.join(LAYOUTS)}")
+    if to in ("monolithic", "safetensors") and tensor_parallel_size != 1:
+        raise ValueError(f"--to {to} is not cut in shards; leave --tensor_parallel_size away")
+    if to != "distributed" and pipeline_parallel_size != 1:
+        raise ValueError(f"--to {to} has no pipeline stages; leave --pipeline_parallel_size away")
+    checkpoint = open_checkpoint(source, model_size)
+    if to == "distributed":
+        return write_distributed(checkpoint, output, tensor_parallel_size, pipeline_parallel_size, force)
+    if to == "training":
+        return write_training(checkpoint, output, tensor_parallel_size, force)
+    if to == "safetensors":
+        return write_safetensors(checkpoint, output, force)
+    naming = "te" if to == "te" else "originals"
+    return write_original(checkpoint, output, tensor_parallel_size, naming, form, force, sharded_name=to == "mp")
