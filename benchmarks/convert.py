@@ -43,11 +43,30 @@ def write_random_model(path: Path, preset: str) -> None:
 def measure(command: list[str]) -> tuple[float, float]:
     """Runs a command; returns wall seconds and its peak resident memory in GiB."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(command)} failed")
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
+
+
+def evict(*paths: Path) -> None:
+    """Writes files out and drops them from the page cache, so that every measurement starts with cold input."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def read(path: Path) -> float:
+    """Seconds to read a file once."""
+    buffer = bytearray(2**24)
+    start = time.perf_counter()
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -65,9 +84,11 @@ def main() -> None:
     size = model.stat().st_size
     copy, shards, merged, hub = (folder / name for name in ("copy.pt", "model.pt", "merged.pt", "hub"))
 
+    evict(model)
     copy_seconds, _ = measure(["cp", str(model), str(copy)])
     sync_seconds, _ = measure(["sync", str(copy)])
-    read_seconds, _ = measure(["cat", str(copy)] if sys.stdout.isatty() else ["sh", "-c", f"cat {copy} > /dev/null"])
+    evict(model)
+    read_seconds = read(model)
     copy.unlink()
     base = copy_seconds + read_seconds
     print(f"{arguments.preset}: {size / 1e9:.2f} GB; torch {torch.__version__}, {os.cpu_count()} CPUs, {platform.machine()}")
@@ -82,6 +103,7 @@ def main() -> None:
     results = {"bytes": size, "cp_seconds": copy_seconds, "read_seconds": read_seconds, "sync_seconds": sync_seconds}
     print(f"{'':14} {'seconds':>8} {'of cp + read':>13} {'peak GiB':>9}")
     for name, (script, *rest) in commands.items():
+        evict(*folder.glob("*.pt"))
         seconds, peak = measure([python[0], python[1] + script, *map(str, rest)])
         print(f"{name:14} {seconds:8.1f} {seconds / base:12.2f}x {peak:9.2f}", flush=True)
         results[name] = {"seconds": seconds, "ratio": seconds / base, "peak_gib": peak}

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from cosmos_mcore.checkpoint.distributed_reader import COMMON, METADATA, STATE_PREFIX, stacked_sizes
-from cosmos_mcore.checkpoint.files import new_folder
+from cosmos_mcore.checkpoint.files import ahead, new_folder
 from cosmos_mcore.checkpoint.names import Entry, entries, fuse, shard, stacked_name
 from cosmos_mcore.checkpoint.original import check_tensor_parallel_size
 from cosmos_mcore.checkpoint.reader import MOMENTS, WEIGHT, Checkpoint, TrainingState
@@ -71,19 +71,17 @@ def write_distributed(
     with new_folder(folder, force) as temporary:
         with ExitStack() as stack:
             files = [stack.enter_context(open(temporary / name, "wb")) for name in names]
-            for entry in entries(arch):
+            for (entry, prefix, state, dtype), parts in ahead(_parameters(checkpoint), lambda item: _read(checkpoint, *item)):
                 key, layer = stacked_name(entry.ours)
                 stage = layer * pp // arch.num_layers if layer is not None else 0 if "embedding" in key else pp - 1
-                for prefix, state, dtype in _states(checkpoint):
-                    parts = [checkpoint.read(name, state) for name in entry.originals]
-                    parts = parts if dtype is None else [part.to(dtype) for part in parts]
-                    for rank, offsets, chunk in _chunks(parts, entry, arch, tp):
-                        if layer is not None:
-                            offsets, chunk = [layer, *offsets], chunk[None]
-                        where = stage * tp + rank
-                        info = _append(files[where], names[where], chunk)
-                        _record(metadata, prefix + key, sizes[key], offsets, chunk, info)
-                    checkpoint.release()
+                for rank, offsets, chunk in _chunks(parts, entry, arch, tp):
+                    if layer is not None:
+                        offsets, chunk = [layer, *offsets], chunk[None]
+                    where = stage * tp + rank
+                    info = _append(files[where], names[where], chunk)
+                    _record(metadata, prefix + key, sizes[key], offsets, chunk, info)
+                for name in entry.originals:
+                    checkpoint.release(name, state)
         with open(temporary / METADATA, "wb") as file:
             pickle.dump(metadata, file)
         torch.save(_common_state(checkpoint.training, consumed_samples), temporary / COMMON)
@@ -92,13 +90,19 @@ def write_distributed(
     return [folder / name for name in (*names, METADATA, COMMON, _CONFIG)]
 
 
-def _states(checkpoint: Checkpoint) -> Iterator[tuple[str, str, torch.dtype | None]]:
-    """What to write of each parameter: key prefix, state to read, dtype to write (None: as it is)."""
-    yield STATE_PREFIX[WEIGHT], WEIGHT, None
-    if checkpoint.training is not None:
-        yield _MASTER_PREFIX, WEIGHT, torch.float32
-        for state in MOMENTS:
-            yield STATE_PREFIX[state], state, torch.float32
+def _parameters(checkpoint: Checkpoint) -> Iterator[tuple[Entry, str, str, torch.dtype | None]]:
+    """What to write: parameter, key prefix, state to read, and dtype to write it in (None: as it is)."""
+    for entry in entries(checkpoint.arch):
+        yield entry, STATE_PREFIX[WEIGHT], WEIGHT, None
+        if checkpoint.training is not None:
+            yield entry, _MASTER_PREFIX, WEIGHT, torch.float32
+            for state in MOMENTS:
+                yield entry, STATE_PREFIX[state], state, torch.float32
+
+
+def _read(checkpoint: Checkpoint, entry: Entry, prefix: str, state: str, dtype: torch.dtype | None) -> list[Tensor]:
+    parts = [checkpoint.read(name, state) for name in entry.originals]
+    return parts if dtype is None else [part.to(dtype) for part in parts]
 
 
 def _chunks(

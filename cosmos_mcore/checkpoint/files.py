@@ -6,13 +6,18 @@ import ctypes
 import mmap
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
-_MADV_DONTNEED = 4
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def _temporary(path: Path) -> Path:
@@ -108,15 +113,42 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def ahead(items: Iterable[Item], load: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
+    """Loads the next item in a second thread while the caller uses the current one.
+
+    Yields:
+        Each item with what ``load`` made of it, in order.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            waiting.append((item, pool.submit(load, item)))
+            if len(waiting) > 1:
+                current, result = waiting.popleft()
+                yield current, result.result()
+        for current, result in waiting:
+            yield current, result.result()
+
+
+def fetch_pages(tensor: Tensor) -> None:
+    """Starts reading a tensor that is mapped from a file, in larger pieces than touching its pages would."""
+    _advise(tensor, mmap.MADV_WILLNEED)
+
+
 def release_pages(tensor: Tensor) -> None:
     """Gives back the memory of a tensor that is mapped from a file; reading it again reads the file again.
 
-    Without this every byte ever read through a mapping counts as memory of the process. The tensor must come from a
-    read-only use of a file mapping: changes to it would be lost.
+    Without this every byte ever read through a mapping counts as memory of the process. Changes to the tensor are lost.
     """
+    _advise(tensor, mmap.MADV_DONTNEED)
+
+
+def _advise(tensor: Tensor, advice: int) -> None:
+    if sys.platform != "linux":
+        return
     storage = tensor.untyped_storage()
+    # Whole pages only: the outer ones may be shared with neighbours.
     first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)

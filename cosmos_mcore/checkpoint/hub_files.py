@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cosmos_mcore.checkpoint.files import new_folder
+from cosmos_mcore.checkpoint.files import ahead, new_folder
 from cosmos_mcore.checkpoint.names import Stored, stored_tensors
 from cosmos_mcore.checkpoint.original import part_specs
 from cosmos_mcore.checkpoint.reader import Checkpoint, FilesCheckpoint, FileTensor
@@ -69,9 +69,9 @@ def write_safetensors(
     with new_folder(folder, force) as temporary:
         for name, tensors in zip(names, files, strict=True):
             with SafetensorsWriter(temporary / name, {t.name: specs[t.name] for t in tensors}) as writer:
-                for tensor in tensors:
-                    writer.write(checkpoint.read(tensor.originals[0]))
-                    checkpoint.release()
+                for (original,), values in ahead((t.originals for t in tensors), lambda names: checkpoint.read(names[0])):
+                    writer.write(values)
+                    checkpoint.release(original)
         if len(files) > 1:
             index = {
                 "metadata": {"total_size": sum(map(_bytes, specs.values()))},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_mcore.checkpoint.files import new_files
+from cosmos_mcore.checkpoint.files import ahead, new_files
 from cosmos_mcore.checkpoint.names import Stored, original_shapes, shard, stored_tensors
 from cosmos_mcore.checkpoint.reader import Checkpoint, FilesCheckpoint, FileTensor
 from cosmos_mcore.checkpoint.torch_file import TensorSpec, TorchFile, TorchFileWriter
@@ -196,9 +196,9 @@ def part_specs(checkpoint: Checkpoint, stored: Sequence[Stored], size: int) -> d
 
 def write_tensors(checkpoint: Checkpoint, stored: Sequence[Stored], writers: Sequence[TorchFileWriter]) -> None:
     """Appends every tensor to the file of each rank, cut for it."""
-    for tensor in stored:
-        parts = [checkpoint.read(name) for name in tensor.originals]
+    for tensor, parts in ahead(stored, lambda tensor: [checkpoint.read(name) for name in tensor.originals]):
         for rank, writer in enumerate(writers):
             cut = [shard(part, tensor.split_axis, rank, len(writers)) for part in parts]
             writer.write(cut[0] if len(cut) == 1 else torch.cat(cut))
-        checkpoint.release()
+        for name in tensor.originals:
+            checkpoint.release(name)

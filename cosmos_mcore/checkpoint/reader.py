@@ -79,8 +79,8 @@ class Checkpoint(ABC):
             ValueError: naming file and tensor, if the bytes are damaged.
         """
 
-    def release(self) -> None:
-        """Gives back the memory of the tensors read since the last call; they may still be used, and are read again."""
+    def release(self, name: str, state: str = WEIGHT) -> None:
+        """Gives back the memory behind a tensor that has been read; using it again reads it again."""
         return None
 
 
@@ -139,7 +139,6 @@ class FilesCheckpoint(Checkpoint):
         self._stored = {name: tensor for tensor in stored for name in tensor.originals}
         self._ranks = ranks
         self._moments: Sequence[Mapping[tuple[str, str], FileTensor]] = ()
-        self._touched: list[Tensor] = []
 
     def add_training(self, training: TrainingState, moments: Sequence[Mapping[tuple[str, str], FileTensor]]) -> None:
         """Adds progress, and Adam's moments of each rank by (state, the original's name), shaped as the weights."""
@@ -159,7 +158,6 @@ class FilesCheckpoint(Checkpoint):
         stored, parts = self._stored[name], []
         for entry in self._parts(name, state):
             entry.file.check(entry.tensor, name)
-            self._touched.append(entry.tensor)
             tensor = entry.tensor
             if state == WEIGHT and len(stored.originals) > 1:
                 tensor = tensor.chunk(len(stored.originals))[stored.originals.index(name)]
@@ -170,11 +168,10 @@ class FilesCheckpoint(Checkpoint):
             return self._replicated(parts, name, state)
         return torch.cat(parts, stored.split_axis)
 
-    def release(self) -> None:
+    def release(self, name: str, state: str = WEIGHT) -> None:
         """See ``Checkpoint``."""
-        for tensor in self._touched:
-            release_pages(tensor)
-        self._touched = []
+        for entry in self._parts(name, state):
+            release_pages(entry.tensor)
 
     def _parts(self, name: str, state: str) -> list[FileTensor]:
         if state == WEIGHT:

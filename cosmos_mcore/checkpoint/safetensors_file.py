@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos_mcore.checkpoint.files import fetch_pages
 from cosmos_mcore.checkpoint.torch_file import TensorSpec
 
 _DTYPES = {
@@ -74,7 +75,8 @@ class SafetensorsFile:
         }
 
     def check(self, tensor: Tensor, name: str) -> None:
-        """Nothing to compare with: the format has no checksums."""
+        """Starts reading; there is nothing to compare with, as the format has no checksums."""
+        fetch_pages(tensor)
 
 
 class SafetensorsWriter:

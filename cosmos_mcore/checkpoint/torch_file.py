@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos_mcore.checkpoint.files import fetch_pages
+
 _ALIGNMENT = 64  # bytes; lets torch map tensors of any dtype
 _LOCAL_HEADER = 30  # bytes of a ZIP record's header before its name
 _ZIP64_EXTRA = 20  # bytes that zipfile adds to the header of a record that may pass 2 GiB
@@ -86,7 +88,10 @@ class TorchFile:
         """
         storage = tensor.untyped_storage()
         info = self._unchecked.pop(storage.data_ptr(), None)
-        if info is not None and zlib.crc32(_bytes(torch.empty(0, dtype=torch.uint8).set_(storage))) != info.CRC:
+        if info is None:
+            return
+        fetch_pages(tensor)
+        if zlib.crc32(_bytes(torch.empty(0, dtype=torch.uint8).set_(storage))) != info.CRC:
             raise ValueError(f"{self.path} is corrupted: {name} does not match its checksum; copy or download it again")
 
 

@@ -209,7 +209,7 @@ def _write_moments(checkpoint: Checkpoint, writers: Sequence[TorchFileWriter]) -
             tensor = checkpoint.read(stored.name, moment).to(checkpoint.dtype(stored.name))
             for rank, writer in enumerate(writers):
                 writer.write(shard(tensor, stored.split_axis, rank, len(writers)))
-        checkpoint.release()
+            checkpoint.release(stored.name, moment)
 
 
 def _scheduler(training: TrainingState) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cosmos_mcore.config.schema import RunConfig
 SPATIAL_COMPRESSION = 16
 TEMPORAL_COMPRESSION = 8
 DEFAULT_PIXEL_CHUNK = 33
+FP8_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,16 @@ def pixel_chunk_duration(config: RunConfig) -> int:
 
 
 def padding_multiple(config: RunConfig) -> int:
-    """The sequence length must be a multiple of this: TP ranks share it under SP, CP cuts it in 2·CP slices."""
+    """The padded sequence length is a multiple of this.
+
+    Context parallelism cuts the sequence in 2 CP slices and sequence parallelism each rank's part in TP; FP8 products
+    need a multiple of 32 rows on each rank.
+    """
     parallel = config.parallel
-    multiple = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
-    return multiple * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    slices = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+    if parallel.sequence_parallel:
+        slices *= parallel.tensor_model_parallel_size
+    return slices * (FP8_ROWS if config.precision.fp8 is not None else 1)
 
 
 def derive_video_layout(config: RunConfig, begin_of_video: bool = False) -> VideoLayout:

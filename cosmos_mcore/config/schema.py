@@ -80,10 +80,14 @@ class ParallelConfig:
     sequence_parallel: bool = False
     pipeline_model_parallel_size: PositiveInt = 1
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None  # None: even, or embedding and head count as layers
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
     context_parallel_size: PositiveInt = 1
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    recompute_granularity: Literal["full", "selective"] | None = None  # selective: attention only
+    recompute_num_layers: PositiveInt | None = None  # full only: layers of each stage that are recomputed; None: all
     distributed_timeout_minutes: PositiveFloat = 30.0
 
 
@@ -92,6 +96,7 @@ class PrecisionConfig:
     """``bf16``: bf16 compute with float32 master weights and gradients; ``fp32``: everything in float32."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None  # recipe of the matrix products; GPUs only
 
 
 @dataclass

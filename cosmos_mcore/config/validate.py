@@ -25,6 +25,7 @@ def validate(config: RunConfig) -> None:
     derive_video_layout(config)
     _check_tokenizer(config)
     _check_parallel(config)
+    _check_precision(config)
     _check_schedule(config)
     _check_batch(config)
 
@@ -44,6 +45,14 @@ def _check_parallel(config: RunConfig) -> None:
             "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true and "
             "parallel.overlap_grad_reduce=true"
         )
+
+
+def _check_precision(config: RunConfig) -> None:
+    if config.precision.fp8 is not None and config.precision.dtype != "bf16":
+        raise ValueError(f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16")
+    parallel = config.parallel
+    if parallel.recompute_num_layers is not None and parallel.recompute_granularity != "full":
+        raise ValueError("parallel.recompute_num_layers needs parallel.recompute_granularity=full")
 
 
 def _check_schedule(config: RunConfig) -> None:

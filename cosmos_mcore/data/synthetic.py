@@ -1,8 +1,8 @@
 """Clips of moving shapes, to try the whole system without data.
 
 The motion is regular on purpose, so that a tiny model learns it within minutes: a shape starts on a corner of the
-tokenizer's 16-pixel grid and moves one cell per 8 frames, in the direction that belongs to its kind (discs to the
-right, squares to the left, ...), entering on the other side where it leaves. So one frame says how a clip goes on.
+tokenizer's 16-pixel grid and moves one cell per 8 frames to the side that belongs to its kind (discs to the right,
+squares to the left, ...), so one frame says how a clip goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SPEED = 2  # pixels per frame: one cell per latent frame of 8 pixel frames
 SIZE = 2 * CELL
 BACKGROUND = (26, 28, 44)
 COLOURS = ((239, 125, 87), (65, 166, 246), (167, 240, 112), (255, 205, 117))
-DIRECTIONS = {"disc": (0, 1), "square": (0, -1), "triangle": (-1, 0), "diamond": (1, 0)}  # (down, right) per frame
+VELOCITY = {"disc": SPEED, "square": -SPEED, "triangle": SPEED, "diamond": -SPEED}  # to the right
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,9 @@ class Shape:
     top: int
     left: int
 
-    def position(self, frame: int) -> tuple[int, int]:
-        """Top and left corner in pixels, before wrapping round the edges of the picture."""
-        down, right = DIRECTIONS[self.kind]
-        return self.top + SPEED * down * frame, self.left + SPEED * right * frame
+    def left_at(self, frame: int) -> int:
+        """The left edge in pixels; beyond the picture, the shape comes in again on the other side."""
+        return self.left + VELOCITY[self.kind] * frame
 
 
 def make_shape_clips(
@@ -47,7 +46,7 @@ def make_shape_clips(
     width: int = 160,
     fps: float = 24.0,
     seed: int = 0,
-    shapes_per_clip: int = 2,
+    shapes_per_clip: int = 3,
 ) -> list[Path]:
     """Writes ``shapes_0000.mp4, ...``: coloured shapes that move steadily over a plain background.
 
@@ -57,7 +56,7 @@ def make_shape_clips(
         folder: is made if missing; files of the same names are replaced.
         num_clips: how many files.
         num_frames: frames of each.
-        height: pixels, a multiple of 16, at least 48.
+        height: pixels, a multiple of 16, at least 32.
         width: pixels, a multiple of 16, at least 48.
         fps: frames per second.
         seed: of the choice of kinds, colours and places.
@@ -69,9 +68,9 @@ def make_shape_clips(
     Raises:
         ValueError: for a size that does not fit the grid.
     """
-    for name, size in (("height", height), ("width", width)):
-        if size % CELL or size < SIZE + CELL:
-            raise ValueError(f"{name}={size} of the demo clips must be a multiple of {CELL} and at least {SIZE + CELL}")
+    for name, size, least in (("height", height, SIZE), ("width", width, SIZE + CELL)):
+        if size % CELL or size < least:
+            raise ValueError(f"{name}={size} of the demo clips must be a multiple of {CELL} and at least {least}")
     random = np.random.default_rng(seed)
     paths = []
     for clip in range(num_clips):
@@ -90,8 +89,8 @@ def draw_frames(shapes: list[Shape], num_frames: int, height: int, width: int) -
     for frame in range(num_frames):
         picture = np.full((height, width, 3), BACKGROUND, dtype=np.float32)
         for shape in shapes:
-            top, left = shape.position(frame)
-            rows, columns = (top + np.arange(SIZE)) % height, (left + np.arange(SIZE)) % width
+            rows = shape.top + np.arange(SIZE)
+            columns = (shape.left_at(frame) + np.arange(SIZE)) % width
             part = np.ix_(rows, columns)
             cover = _coverage(shape.kind)[..., None]
             picture[part] = (1 - cover) * picture[part] + cover * np.array(shape.colour, dtype=np.float32)
@@ -106,7 +105,7 @@ def _coverage(kind: str) -> np.ndarray:
         "disc": half - 1 - np.hypot(x, y),
         "square": half - 2 - np.maximum(abs(x), abs(y)),
         "diamond": (half - 1 - abs(x) - abs(y)) / np.sqrt(2.0),
-        "triangle": np.minimum(half - 2 - y, (half + y - 2 - 2 * abs(x)) / np.sqrt(5.0)),
+        "triangle": np.minimum(half - 2 + x, (half - 2 - x - 2 * abs(y)) / np.sqrt(5.0)),
     }[kind]
     return np.clip(inside + 0.5, 0, 1)
 
@@ -117,36 +116,32 @@ def _place_shapes(
     """Chooses shapes that never come into the same cell of the grid within the clip."""
     shapes: list[Shape] = []
     for _ in range(attempts):
-        kind = str(random.choice(list(DIRECTIONS)))
-        down, right = DIRECTIONS[kind]
+        kind = str(random.choice(list(VELOCITY)))
         shape = Shape(
             kind,
             colour=COLOURS[random.integers(len(COLOURS))],
-            top=_start(random, down, height, num_frames),
-            left=_start(random, right, width, num_frames),
+            top=CELL * int(random.integers((height - SIZE) // CELL + 1)),
+            left=_start(random, VELOCITY[kind], num_frames, width),
         )
-        if not any(_meet(shape, other, num_frames, height, width) for other in shapes):
+        if not any(_meet(shape, other, num_frames, width) for other in shapes):
             shapes.append(shape)
         if len(shapes) == count:
             break
     return shapes
 
 
-def _start(random: np.random.Generator, direction: int, size: int, num_frames: int) -> int:
-    """Draws a start on the grid along one axis, in pixels; where the picture has room, no edge cuts the shape."""
-    path = abs(direction) * SPEED * (num_frames - 1)
-    free = (size - SIZE - path) // CELL
+def _start(random: np.random.Generator, velocity: int, num_frames: int, width: int) -> int:
+    """Draws a left edge on the grid, if possible one from which the shape stays inside the picture."""
+    free = (width - SIZE - abs(velocity) * (num_frames - 1)) // CELL
     if free < 0:
-        return CELL * int(random.integers(size // CELL))
+        return CELL * int(random.integers(width // CELL))
     start = CELL * int(random.integers(free + 1))
-    return start if direction >= 0 else size - SIZE - start
+    return start if velocity > 0 else width - SIZE - start
 
 
-def _meet(one: Shape, other: Shape, num_frames: int, height: int, width: int) -> bool:
-    """Whether two shapes come closer than one cell in any frame."""
-    for frame in range(num_frames):
-        (top, left), (other_top, other_left) = one.position(frame), other.position(frame)
-        down, right = (top - other_top) % height, (left - other_left) % width
-        if min(down, height - down) < SIZE + CELL and min(right, width - right) < SIZE + CELL:
-            return True
-    return False
+def _meet(one: Shape, other: Shape, num_frames: int, width: int) -> bool:
+    """Whether two shapes come into the same cells in any frame."""
+    if abs(one.top - other.top) >= SIZE:
+        return False
+    distances = ((one.left_at(frame) - other.left_at(frame)) % width for frame in range(num_frames))
+    return any(min(distance, width - distance) < SIZE + CELL for distance in distances)

@@ -17,6 +17,7 @@ from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.model.cross_attention import PositionTable
 from cosmos_mcore.model.layer_specs import Text, block_spec
 from cosmos_mcore.model.presets import ModelArch
+from cosmos_mcore.parallel.layout import pipeline_split
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -25,8 +26,26 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def _recompute(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
+    if parallel.recompute_granularity == "full":
+        # "block" recomputes the first so many layers of a stage, so one number goes from nothing to everything.
+        layers = min(parallel.recompute_num_layers or num_layers, num_layers // parallel.pipeline_model_parallel_size)
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": max(1, layers),
+        }
+    if parallel.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
 def transformer_config(
-    arch: ModelArch, parallel: ParallelConfig, dtype: torch.dtype, transformer_engine: bool
+    arch: ModelArch,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    fp8_recipe: str | None,
+    transformer_engine: bool,
 ) -> TransformerConfig:
     """Megatron's config of the model.
 
@@ -34,9 +53,11 @@ def transformer_config(
         arch: the sizes.
         parallel: the layout.
         dtype: of parameters and activations.
+        fp8_recipe: Transformer Engine's recipe for FP8 matrix products, or None.
         transformer_engine: whether the layers are Transformer Engine's (GPUs) or local ones.
     """
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    split = pipeline_split(parallel, arch.num_layers)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -65,8 +86,13 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        account_for_embedding_in_pipeline_split=split.embedding_counts,
+        account_for_loss_in_pipeline_split=split.head_counts,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        **_recompute(parallel, arch.num_layers),
         # Interleaved schedules with batched point-to-point calls give wrong gradients on gloo without an error.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -80,6 +106,8 @@ def transformer_config(
         persist_layer_norm=transformer_engine,
         attention_backend=AttnBackend.auto if transformer_engine else AttnBackend.unfused,
         attention_softmax_in_fp32=True,
+        fp8="hybrid" if fp8_recipe is not None else None,
+        fp8_recipe=fp8_recipe if fp8_recipe is not None else "delayed",
     )
 
 
@@ -98,7 +126,9 @@ def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device:
                 f"Transformer Engine cannot be imported ({error}); install the gpu extra or use an NGC PyTorch container"
             ) from None
     dtype = DTYPES[config.precision.dtype]
-    megatron_config = transformer_config(arch, config.parallel, dtype, transformer_engine)
+    if config.precision.fp8 is not None and device.type == "cpu":
+        raise ValueError(f"precision.fp8={config.precision.fp8} needs a GPU; set it to null")
+    megatron_config = transformer_config(arch, config.parallel, dtype, config.precision.fp8, transformer_engine)
     virtual_stages = config.parallel.virtual_pipeline_model_parallel_size
     text = None
     if arch.context_size is not None:

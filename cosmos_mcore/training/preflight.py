@@ -9,7 +9,7 @@ from cosmos_mcore.config.derived import data_parallel_size, derive_video_layout,
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import find_files
 from cosmos_mcore.model.presets import resolve_arch
-from cosmos_mcore.parallel.layout import check_layout, check_world_size, model_parallel_size
+from cosmos_mcore.parallel.layout import check_layout, check_num_microbatches, check_world_size, model_parallel_size
 
 
 def preflight(config: RunConfig, world_size: int) -> None:
@@ -32,7 +32,14 @@ def preflight(config: RunConfig, world_size: int) -> None:
         ffn_hidden_size=arch.ffn_hidden_size,
         vocab_size=arch.vocab_size,
     )
-    check_world_size(config, processes(config, world_size))
+    count = processes(config, world_size)
+    check_world_size(config, count)
+    check_num_microbatches(config, num_microbatches(config, count))
+    if arch.text_to_video:
+        raise ValueError(
+            f"model.preset={config.model.preset} learns from video and text, and this version reads no prompts yet; "
+            "choose 1b, 4b or 12b"
+        )
     find_files(config.data)
     load = config.checkpoint.load
     resumes = (run_dir(config) / "checkpoints" / "latest_checkpoint.txt").exists()
