@@ -19,9 +19,9 @@ from cosmos_mcore.data.encode import encode_mp4
 CELL = 16  # pixels: the tokenizer's spatial compression
 SPEED = 2  # pixels per frame: one cell per latent frame of 8 pixel frames
 SIZE = 2 * CELL
-BACKGROUND = (26, 28, 44)
-COLOURS = ((239, 125, 87), (65, 166, 246), (167, 240, 112), (255, 205, 117))
-VELOCITY = {"disc": SPEED, "square": -SPEED, "triangle": SPEED, "diamond": -SPEED}  # to the right
+BACKGROUND = (17, 26, 35)
+COLOURS = ((250, 150, 51), (48, 150, 252), (71, 245, 41), (255, 50, 73))
+VELOCITY = {"disc": SPEED, "square": -SPEED, "triangle": SPEED}  # pixels per frame, to the right
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,9 @@ def _coverage(kind: str) -> np.ndarray:
     half = SIZE / 2
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5 - half
     inside = {  # distance to the outline in pixels, positive inside
-        "disc": half - 1 - np.hypot(x, y),
-        "square": half - 2 - np.maximum(abs(x), abs(y)),
-        "diamond": (half - 1 - abs(x) - abs(y)) / np.sqrt(2.0),
-        "triangle": np.minimum(half - 2 + x, (half - 2 - x - 2 * abs(y)) / np.sqrt(5.0)),
+        "disc": half - np.hypot(x, y),
+        "square": half - np.maximum(abs(x), abs(y)),
+        "triangle": np.minimum(half + x, (half - x - 2 * abs(y)) / np.sqrt(5.0)),
     }[kind]
     return np.clip(inside + 0.5, 0, 1)
 

@@ -6,7 +6,7 @@ parts, because Megatron-Core reaches for CUDA in two ways and no setting of its 
 * functions of ``torch.cuda`` that are called for a value or a side effect (``current_device``, streams, events, the random
   state) get their meaning on a CPU;
 * literal devices (``device="cuda"``, ``.cuda()``, the type string ``torch.cuda.FloatTensor``) are rewritten by a
-  ``TorchFunctionMode``, PyTorch's public way to see every call.
+  ``TorchFunctionMode``, PyTorch's public way to see every call. PyTorch switches it off within a backward pass.
 """
 
 from __future__ import annotations
@@ -41,12 +41,6 @@ class CudaAsCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(args[0]).replace("torch.", "torch.cuda.", 1)  # Megatron's optimizers compare this string
-        if func is torch.Tensor.backward:
-            # torch switches the mode off inside a torch function; recomputed layers run in backward and need it.
-            names = ("gradient", "retain_graph", "create_graph", "inputs")
-            keywords = {**dict(zip(names, args[1:], strict=False)), **kwargs}
-            with self:
-                return torch.autograd.backward(args[0], keywords.pop("gradient", None), **keywords)
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosmos_mcore.data.synthetic import BACKGROUND, CELL, DIRECTIONS, SIZE, Shape, draw_frames, make_shape_clips
+from cosmos_mcore.data.synthetic import BACKGROUND, CELL, SIZE, SPEED, VELOCITY, Shape, draw_frames, make_shape_clips
 
 
 def decode(path):
@@ -21,7 +21,7 @@ def test_clips_are_files_that_decode_to_what_was_drawn(tmp_path):
         frames = decode(path)
         assert frames.shape == (17, 64, 96, 3)
         background = np.abs(frames.astype(int) - BACKGROUND).max(-1) < 8
-        assert 0.5 < background.mean() < 0.95
+        assert 0.3 < background.mean() < 0.9
 
 
 def test_the_seed_decides(tmp_path):
@@ -30,19 +30,19 @@ def test_the_seed_decides(tmp_path):
     assert not np.array_equal(decode(first), decode(other))
 
 
-@pytest.mark.parametrize("kind", DIRECTIONS)
+@pytest.mark.parametrize("kind", VELOCITY)
 def test_a_shape_moves_one_cell_per_latent_frame_and_wraps(kind):
     height, width = 96, 160
     frames = list(draw_frames([Shape(kind, (255, 255, 255), 2 * CELL, 3 * CELL)], 41, height, width))
     assert frames[0].shape == (height, width, 3)
     for start in range(0, 40, 8):
-        moved = np.roll(frames[start], tuple(CELL * step for step in DIRECTIONS[kind]), axis=(0, 1))
+        moved = np.roll(frames[start], CELL * VELOCITY[kind] // SPEED, axis=1)
         assert np.array_equal(frames[start + 8], moved)
     assert not np.array_equal(frames[0], frames[1])
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(3, 8), st.integers(3, 8), st.integers(0, 2**31), st.integers(1, 6))
+@given(st.integers(2, 8), st.integers(3, 12), st.integers(0, 2**31), st.integers(1, 6))
 def test_shapes_never_touch(rows, columns, seed, count):
     from cosmos_mcore.data.synthetic import _place_shapes
 
@@ -52,12 +52,11 @@ def test_shapes_never_touch(rows, columns, seed, count):
     for frame in range(frames):
         covered = np.zeros((height, width), int)
         for shape in shapes:
-            top, left = shape.position(frame)
-            covered[np.ix_((top + np.arange(SIZE)) % height, (left + np.arange(SIZE)) % width)] += 1
+            covered[np.ix_(shape.top + np.arange(SIZE), (shape.left_at(frame) + np.arange(SIZE)) % width)] += 1
         assert covered.max() == 1
 
 
-@pytest.mark.parametrize("size", [{"height": 50}, {"width": 32}])
+@pytest.mark.parametrize("size", [{"height": 50}, {"width": 32}, {"height": 16}])
 def test_sizes_off_the_grid_are_refused(tmp_path, size):
     with pytest.raises(ValueError, match=next(iter(size))):
         make_shape_clips(tmp_path, 1, **size)

@@ -1,4 +1,4 @@
-"""What one rank of ``test_layouts.py`` runs: ``python -m tests.parallel.layout_worker FOLDER STEPS JOB...``.
+"""What one rank of ``test_layouts.py`` runs: ``python -m tests.parallel.layout_worker FOLDER JOB...``.
 
 A job is the name of a layout, which trains from new weights and saves, or ``SAVED>NAME``: the layout NAME continues from
 the checkpoint of the layout SAVED. One start of the processes does all jobs, since starting costs more than a job.
@@ -23,7 +23,7 @@ from cosmos_mcore.training.optimizer import set_learning_rate
 from cosmos_mcore.training.schedule import learning_rate
 from cosmos_mcore.training.setup import Run, set_up
 from cosmos_mcore.training.step import LossPositions, train_step
-from tests.parallel.layouts import ARCHS, LAYOUTS, config_of
+from tests.parallel.layouts import ARCHS, LAYOUTS, RESUMED_STEPS, STEPS, config_of, parts_of
 from tests.processes import free_port
 
 
@@ -71,17 +71,17 @@ def train(run: Run, steps):
     return curve
 
 
-def main(folder, steps, jobs):
-    """Writes FOLDER/JOB.json after each job."""
+def main(folder, jobs, steps=None):
+    """Writes FOLDER/JOB.json after each job; ``steps`` replaces the table's number of steps."""
     os.environ["OUTPUT_ROOT"] = str(folder)
     for job in jobs:
-        saved, _, name = job.rpartition(">")
+        saved, name = parts_of(job)
         config, arch = config_of(name), ARCHS[LAYOUTS[name].model]
         config.job.name = saved or name
         run = set_up_without_clips(config, arch)
         first = run.progress.iteration
-        assert bool(first) == bool(saved)
-        curve = train(run, steps)
+        assert bool(first) == (saved is not None)
+        curve = train(run, steps or (RESUMED_STEPS if saved else STEPS))
         if not saved:
             save_checkpoint(run.checkpoints, run.progress.iteration, run.chunks, run.optimizer, asdict(run.progress))
         if dist.get_rank() == 0:
@@ -93,4 +93,4 @@ def main(folder, steps, jobs):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -84,28 +84,53 @@ LAYOUTS = {
     "tp2-pp2-dp2-sp": Layout(8, {**TP2, **PP2, **SP}),
 }
 
-# Who resumes whose checkpoint.
+# Who goes on from whose checkpoint: SAVED>NAME.
 RESUMES = [
-    ("one", "recompute-full"),
-    ("one", "tp2"),
-    ("tp2", "pp2"),
-    ("dp2-distributed-optimizer", "tp2-sp"),
-    ("pp2-vpp2", "dp2-distributed-optimizer"),
-    ("dp2", "dp2"),
-    ("dp2", "one-unsharded"),
-    ("cp2", "pp2-vpp2"),
-    ("pp2-uneven", "cp2"),
-    ("dp2-overlap", "dp2-overlap"),
-    ("v2w-tp2-sp", "v2w-pp2"),
-    ("one", "tp2-pp2-sp"),
-    ("tp2-pp2-sp", "tp2-cp2"),
-    ("pp4", "tp2-dp2"),
-    ("tp2-dp2", "pp2-dp2"),
-    ("pp2-dp2", "tp4-sp"),
-    ("tp2-pp2-vpp2-sp-overlap", "one"),
-    ("one", "tp2-pp2-dp2-sp"),
-    ("tp2-pp2-dp2-sp", "pp2"),
+    "one>recompute-full",
+    "one>tp2",
+    "tp2>pp2",
+    "dp2-distributed-optimizer>tp2-sp",
+    "pp2-vpp2>dp2-distributed-optimizer",
+    "dp2>dp2",
+    "dp2>one-unsharded",
+    "cp2>pp2-vpp2",
+    "pp2-uneven>cp2",
+    "dp2-overlap>dp2-overlap",
+    "v2w-tp2-sp>v2w-pp2",
+    "one>tp2-pp2-sp",
+    "tp2-pp2-sp>tp2-cp2",
+    "pp4>tp2-dp2",
+    "tp2-dp2>pp2-dp2",
+    "pp2-dp2>tp4-sp",
+    "tp2-pp2-vpp2-sp-overlap>one",
+    "one>tp2-pp2-dp2-sp",
+    "tp2-pp2-dp2-sp>pp2",
 ]
+
+# Those that `make test` runs; `make test-layouts` runs all.
+FAST = {
+    "one",
+    "recompute-full",
+    "tp2",
+    "tp2-sp",
+    "pp2",
+    "pp2-vpp2",
+    "cp2",
+    "dp2",
+    "dp2-distributed-optimizer",
+    "dp2-overlap",
+    "v2w-tp2-sp",
+    "one>tp2",
+    "tp2>pp2",
+    "dp2-distributed-optimizer>tp2-sp",
+    "pp2-vpp2>dp2-distributed-optimizer",
+}
+
+
+def parts_of(job: str) -> tuple[str | None, str]:
+    """The layout whose checkpoint a job loads, or None, and the layout that it trains with."""
+    saved, _, name = job.rpartition(">")
+    return saved or None, name
 
 
 def config_of(name: str) -> RunConfig:

@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.conftest import GOLDEN
+from tests.parallel.layout_worker import main as run_jobs
 from tests.parallel.layouts import CURVE_STEPS
-from tests.processes import run_ranks
 
 REFERENCES = {"base": "one", "video2world": "v2w-one"}
 
@@ -18,7 +18,7 @@ def main():
     """One process, float32."""
     curves = {}
     with TemporaryDirectory() as folder:
-        run_ranks("tests.parallel.layout_worker", 1, folder, CURVE_STEPS, *REFERENCES.values())
+        run_jobs(Path(folder), list(REFERENCES.values()), CURVE_STEPS)
         for model, name in REFERENCES.items():
             curve = json.loads((Path(folder) / f"{name}.json").read_text())["curve"]
             curves[model] = [dict(zip(("loss", "z loss", "grad norm"), step, strict=True)) for step in curve]

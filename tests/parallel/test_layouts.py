@@ -9,70 +9,65 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import GOLDEN
-from tests.parallel.layouts import LAYOUTS, RESUMED_STEPS, RESUMES, STEPS, check
+from tests.parallel.layouts import FAST, LAYOUTS, RESUMED_STEPS, RESUMES, STEPS, check, parts_of
 from tests.processes import run_ranks
 
-FAST = 2  # processes, up to which a layout is part of `make test`
 CURVES = json.loads((GOLDEN / "loss_curve.json").read_text())
 
 
+def size_of(job):
+    return LAYOUTS[parts_of(job)[1]].world_size
+
+
 class Jobs:
-    """Runs jobs on demand, all that the asked tests need of one world size together, and keeps their results."""
+    """Runs jobs when asked, together with all others that the same processes can do, and keeps their results."""
 
     def __init__(self, folder, wanted):
         self.folder, self.wanted, self.errors = Path(folder), wanted, {}
 
     def result(self, job):
-        path = self.folder / f"{job}.json"
-        if not path.exists() and job not in self.errors:
-            self._run(job)
-        if not path.exists():
+        if not self._is_done(job):
+            saved, _ = parts_of(job)
+            if saved is not None and size_of(saved) != size_of(job):
+                self.result(saved)
+            self._run([other for other in self.wanted if self._can_run(other, size_of(job))])
+        if job in self.errors:
             pytest.fail(self.errors[job])
-        return json.loads(path.read_text())
+        return json.loads(self._path(job).read_text())
 
-    def _run(self, job):
-        saved, _, name = job.rpartition(">")
-        resumes = bool(saved)
-        size = LAYOUTS[name].world_size
-        together = [other for other in self.wanted if self._pending(other) and is_like(other, size, resumes)]
-        jobs = list(dict.fromkeys([job, *together]))
-        if resumes:
-            for other in jobs:
-                self.result(other.rpartition(">")[0])
+    def _can_run(self, job, world_size):
+        saved, _ = parts_of(job)
+        in_reach = saved is None or self._is_done(saved) or size_of(saved) == world_size
+        return size_of(job) == world_size and in_reach and not self._is_done(job)
+
+    def _run(self, jobs):
         try:
-            steps = RESUMED_STEPS if resumes else STEPS
-            run_ranks("tests.parallel.layout_worker", size, self.folder, steps, *jobs, timeout=60 + 20 * size * len(jobs))
+            world_size, timeout = size_of(jobs[0]), 60 + 15 * size_of(jobs[0]) * len(jobs)
+            run_ranks("tests.parallel.layout_worker", world_size, self.folder, *jobs, timeout=timeout)
         except AssertionError as error:
-            self.errors |= {job: str(error) for job in jobs}
+            self.errors |= {job: str(error) for job in jobs if not self._path(job).exists()}
 
-    def _pending(self, job):
-        return not (self.folder / f"{job}.json").exists() and job not in self.errors
+    def _is_done(self, job):
+        return self._path(job).exists() or job in self.errors
 
-
-def is_like(job, size, resumes):
-    """Whether a job can share the processes of others: as many of them, and the same kind of job."""
-    saved, _, name = job.rpartition(">")
-    return LAYOUTS[name].world_size == size and bool(saved) == resumes
-
-
-def is_fast(job):
-    return all(LAYOUTS[name].world_size <= FAST for name in job.split(">"))
-
-
-def marked(jobs):
-    return [pytest.param(job, marks=() if is_fast(job) else pytest.mark.layouts) for job in jobs]
+    def _path(self, job):
+        return self.folder / f"{job}.json"
 
 
 @pytest.fixture(scope="module")
 def jobs(request, tmp_path_factory):
-    """All jobs of the tests that this session runs."""
-    items = [item for item in request.session.items if item.fspath == request.fspath and hasattr(item, "callspec")]
-    names = [item.callspec.params.get("job") for item in items]
-    needed = [name for job in names if job for name in (job.rpartition(">")[0], job) if name]
-    return Jobs(tmp_path_factory.mktemp("layouts"), list(dict.fromkeys(needed)))
+    """The jobs of the tests that this session runs, and those whose checkpoints they need."""
+    here = [item for item in request.session.items if item.path == request.path]
+    asked = [item.callspec.params["job"] for item in here if "job" in getattr(item, "fixturenames", ())]
+    saved = [name for job in asked if (name := parts_of(job)[0])]
+    return Jobs(tmp_path_factory.mktemp("layouts"), list(dict.fromkeys(saved + asked)))
 
 
-def same_curve(result, model):
+def marked(jobs):
+    return [pytest.param(job, marks=() if job in FAST else pytest.mark.layouts) for job in jobs]
+
+
+def check_curve(result, model):
     first = result["first"]
     golden = CURVES[model][first : first + len(result["curve"])]
     for i, (found, expected) in enumerate(zip(result["curve"], golden, strict=True)):
@@ -86,8 +81,8 @@ def same_curve(result, model):
 def test_there_is_something_to_compare():
     for curve in CURVES.values():
         assert len(curve) == 20
-        assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
-        assert len({step["grad norm"] for step in curve}) == 20
+        assert curve[-1]["loss"] < 0.75 * curve[0]["loss"]
+        assert min(step["grad norm"] for step in curve) > 0.5  # all are clipped
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -99,11 +94,11 @@ def test_the_checks_before_a_run_accept_the_layout(name):
 def test_same_curve_from_new_weights(jobs, job):
     result = jobs.result(job)
     assert result["first"] == 0 and len(result["curve"]) == STEPS
-    same_curve(result, LAYOUTS[job].model)
+    check_curve(result, LAYOUTS[job].model)
 
 
-@pytest.mark.parametrize("job", marked(f"{saved}>{name}" for saved, name in RESUMES))
+@pytest.mark.parametrize("job", marked(RESUMES))
 def test_same_curve_after_a_resume(jobs, job):
     result = jobs.result(job)
     assert result["first"] == STEPS and len(result["curve"]) == RESUMED_STEPS
-    same_curve(result, LAYOUTS[job.rpartition(">")[2]].model)
+    check_curve(result, LAYOUTS[parts_of(job)[1]].model)

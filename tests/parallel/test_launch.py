@@ -1,0 +1,139 @@
+"""Starting the processes of a run, and that they end together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+from cosmos_mcore.config import RunConfig
+from cosmos_mcore.parallel import launch
+from tests.processes import children_of, environment, processes_with, wait_until_gone
+
+LAUNCHER = """
+import sys
+from cosmos_mcore.parallel.launch import run_processes
+sys.exit(run_processes(int(sys.argv[1]), sys.argv[2:]))
+"""
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from cosmos_mcore.parallel.launch import die_with_parent
+die_with_parent()
+mode, folder, rank = sys.argv[1], Path(sys.argv[2]), os.environ["RANK"]
+(folder / rank).write_text(os.environ["WORLD_SIZE"] + " " + os.environ["OMP_NUM_THREADS"])
+if mode == "fails" and rank == "1":
+    sys.exit(3)
+if mode == "is_killed" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode != "succeeds":
+    time.sleep(60)
+"""
+
+
+class Launched:
+    """A launcher and its ranks, found by a mark in their environment."""
+
+    def __init__(self, folder, count, mode):
+        self.mark = uuid.uuid4().hex
+        (folder / "rank.py").write_text(RANK)
+        self.folder = folder / "written"
+        self.folder.mkdir()
+        command = [sys.executable, "-c", LAUNCHER, str(count), str(folder / "rank.py"), mode, str(self.folder)]
+        env = environment(MARK=self.mark)
+        del env["OMP_NUM_THREADS"]
+        self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+    def wait_for_ranks(self, count):
+        deadline = time.monotonic() + 60
+        while len(list(self.folder.iterdir())) < count:
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(0.05)
+
+    def end(self):
+        """The exit code and what was written to standard error; nothing may live on."""
+        _, stderr = self.process.communicate(timeout=60)
+        assert wait_until_gone(self.mark) == []
+        return self.process.returncode, stderr
+
+
+@pytest.fixture
+def launched(tmp_path):
+    made = []
+
+    def start(count, mode):
+        made.append(Launched(tmp_path, count, mode))
+        return made[-1]
+
+    yield start
+    for one in made:
+        for pid in processes_with(one.mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_ranks_know_their_place_and_share_the_cores(launched):
+    run = launched(2, "succeeds")
+    assert run.end() == (0, "")
+    threads = max(1, os.cpu_count() // 2)
+    assert {path.name: path.read_text() for path in run.folder.iterdir()} == dict.fromkeys("01", f"2 {threads}")
+
+
+@pytest.mark.parametrize(("mode", "code"), [("fails", 3), ("is_killed", 128 + signal.SIGKILL)])
+def test_a_rank_that_ends_badly_ends_all(launched, mode, code):
+    assert launched(2, mode).end() == (code, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_all(launched, number):
+    run = launched(2, "sleeps")
+    run.wait_for_ranks(2)
+    run.process.send_signal(number)
+    code, _ = run.end()
+    assert code == 128 + number
+
+
+def test_no_rank_outlives_a_launcher_that_is_killed(launched):
+    run = launched(2, "sleeps")
+    run.wait_for_ranks(2)
+    assert len(children_of(run.process.pid)) == 2
+    run.process.kill()
+    assert run.end()[0] == -signal.SIGKILL
+
+
+@pytest.fixture
+def config(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return RunConfig()
+
+
+def test_as_many_processes_as_the_layout_needs(config, monkeypatch):
+    assert launch.processes_to_start(config) == 0
+    config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size = 2, 3
+    assert launch.processes_to_start(config) == 6
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun with one process
+    assert launch.processes_to_start(config) == 6
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    assert launch.processes_to_start(config) == 0
+
+
+def test_too_few_gpus_is_told_with_the_command_that_fits(config, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sys, "argv", ["examples/pretrain_cosmos_ar.py", "conf/x.yaml"])
+    config.parallel.tensor_model_parallel_size = 8
+    with pytest.raises(ValueError, match="needs 8 GPUs but this node has 4; on 2 nodes run: torchrun --nnodes 2") as caught:
+        launch.processes_to_start(config)
+    assert str(caught.value).endswith("examples/pretrain_cosmos_ar.py conf/x.yaml")
+
+
+def test_rank_zero_speaks(config, monkeypatch):
+    assert launch.is_rank_zero() and launch.world_size() == 1
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not launch.is_rank_zero() and launch.world_size() == 2
