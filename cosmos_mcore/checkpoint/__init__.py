@@ -1,0 +1,1 @@
+"""Checkpoints: the name table, the original's layouts, the distributed format."""

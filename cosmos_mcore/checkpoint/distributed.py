@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cosmos_mcore.checkpoint.megatron_writer import writing_in_this_process
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
@@ -34,6 +35,8 @@ _METADATA = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+
+_LOAD_ERRORS = (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError)
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -65,7 +68,11 @@ def is_distributed(path: Path) -> bool:
 
 
 def save_checkpoint(
-    folder: Path, iteration: int, chunks: Sequence[CosmosARModel], optimizer: MegatronOptimizer, progress: dict[str, Any]
+    folder: Path,
+    iteration: int,
+    chunks: Sequence[CosmosARModel],
+    optimizer: MegatronOptimizer,
+    progress: dict[str, Any],
 ) -> Path:
     """Writes ``folder/iter_{iteration}`` from all ranks and moves ``latest_checkpoint.txt`` on.
 
@@ -170,7 +177,7 @@ def _one_line(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is not a distributed checkpoint: metadata.json is missing; give an iter_... folder")
     try:
         yield
-    except (CheckpointingException, torch.distributed.checkpoint.api.CheckpointException, OSError, RuntimeError, KeyError) as error:
+    except _LOAD_ERRORS as error:
         first = str(error).strip().splitlines()
         detail = first[0][:300] if first else type(error).__name__
         logger.debug("loading %s failed", path, exc_info=True)

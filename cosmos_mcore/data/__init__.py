@@ -1,0 +1,1 @@
+"""From MP4 files to batches of token ids."""

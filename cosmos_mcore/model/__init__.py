@@ -1,0 +1,1 @@
+"""The autoregressive video model, from presets to loss."""

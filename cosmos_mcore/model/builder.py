@@ -117,8 +117,8 @@ def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device:
     Raises:
         ValueError: on a GPU without Transformer Engine.
     """
-    transformer_engine = device.type == "cuda"
-    if transformer_engine:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         try:
             import transformer_engine.pytorch  # noqa: F401
         except ImportError as error:
@@ -128,7 +128,7 @@ def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device:
     dtype = DTYPES[config.precision.dtype]
     if config.precision.fp8 is not None and device.type == "cpu":
         raise ValueError(f"precision.fp8={config.precision.fp8} needs a GPU; set it to null")
-    megatron_config = transformer_config(arch, config.parallel, dtype, config.precision.fp8, transformer_engine)
+    megatron_config = transformer_config(arch, config.parallel, dtype, config.precision.fp8, transformer_engine=on_gpu)
     virtual_stages = config.parallel.virtual_pipeline_model_parallel_size
     text = None
     if arch.context_size is not None:
@@ -140,7 +140,7 @@ def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device:
         return CosmosARModel(
             megatron_config,
             arch,
-            block_spec(megatron_config, transformer_engine, vp_stage, text),
+            block_spec(megatron_config, on_gpu, vp_stage, text),
             layout,
             pre_process=on_stage(parallel_state.is_pipeline_first_stage),
             post_process=on_stage(parallel_state.is_pipeline_last_stage),

@@ -129,7 +129,9 @@ class GroupedCrossAttention(MegatronModule):
 
     def _heads(self, mixed: Tensor, parts: int) -> list[Tensor]:
         """[S, B, n * parts * D] to ``parts`` tensors [S, B, n, D]."""
-        return [t.contiguous() for t in mixed.view(*mixed.shape[:2], -1, parts * self.head_dim).split(self.head_dim, -1)]
+        return [
+            t.contiguous() for t in mixed.view(*mixed.shape[:2], -1, parts * self.head_dim).split(self.head_dim, -1)
+        ]
 
 
 class PositionTable(torch.nn.Module):

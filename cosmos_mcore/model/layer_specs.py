@@ -104,7 +104,9 @@ class TorchAttention(MegatronModule):
         elif causal and len(query) != len(key):
             causal = False
             if len(query) > 1:
-                mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(len(key) - len(query))
+                mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(
+                    len(key) - len(query)
+                )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)

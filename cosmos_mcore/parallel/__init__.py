@@ -1,0 +1,1 @@
+"""Parallel layouts: checks, process groups, starting processes, the CPU mode."""

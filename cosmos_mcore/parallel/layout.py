@@ -11,9 +11,7 @@ from cosmos_mcore.config.schema import ParallelConfig, RunConfig
 def model_parallel_size(config: RunConfig) -> int:
     """Processes that one model replica needs: TP x PP x CP."""
     parallel = config.parallel
-    return (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
 def check_world_size(config: RunConfig, world_size: int) -> None:
@@ -116,7 +114,9 @@ def check_layout(
                 f"parallel.tensor_model_parallel_size={tp} does not divide the model's {number} {what}; try {near}"
             )
     if parallel.sequence_parallel and tp == 1:
-        raise ValueError("parallel.sequence_parallel=true needs tensor_model_parallel_size of at least 2; set it to false")
+        raise ValueError(
+            "parallel.sequence_parallel=true needs tensor_model_parallel_size of at least 2; set it to false"
+        )
     if parallel.virtual_pipeline_model_parallel_size is not None:
         _check_virtual_stages(config, num_layers)
     pipeline_split(parallel, num_layers)
@@ -127,7 +127,9 @@ def _check_virtual_stages(config: RunConfig, num_layers: int) -> None:
     virtual = parallel.virtual_pipeline_model_parallel_size
     assert virtual is not None
     if stages == 1:
-        raise ValueError("parallel.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of at least 2")
+        raise ValueError(
+            "parallel.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of at least 2"
+        )
     if virtual * stages > num_layers:
         raise ValueError(
             f"parallel.virtual_pipeline_model_parallel_size={virtual} x pipeline_model_parallel_size={stages} is more than "

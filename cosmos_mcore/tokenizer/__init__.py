@@ -1,0 +1,1 @@
+"""Video tokenizers: frames to ids and back."""

@@ -42,7 +42,10 @@ def main(arguments: list[str]) -> int:
         return 0
     count = processes_to_start(config)
     if count:
-        print(f"starting {count} processes for the parallel layout (as torchrun --nproc-per-node {count} would)", flush=True)
+        print(
+            f"starting {count} processes for the parallel layout (as torchrun --nproc-per-node {count} would)",
+            flush=True,
+        )
         return run_processes(count, [sys.argv[0], *arguments])
     _train(config)
     return 0
@@ -54,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single keys of the YAML")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the numbers that follow from the config and exit"
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the numbers that follow from the config and exit",
     )
     return parser
 

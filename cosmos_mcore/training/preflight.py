@@ -81,4 +81,6 @@ def _check_writable(folder: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"the run's folder {folder} cannot be made: {existing} is not a writable folder; set OUTPUT_ROOT")
+        raise ValueError(
+            f"the run's folder {folder} cannot be made: {existing} is not a writable folder; set OUTPUT_ROOT"
+        )

@@ -19,7 +19,9 @@ def warmup_cosine(iteration: int, lr: float, warmup_iters: int, decay_iters: int
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (lr - min_lr)
 
 
-def linear_factor(iteration: int, warmup_iters: int, max_iters: int | None = None, cooldown_iters: int | None = None) -> float:
+def linear_factor(
+    iteration: int, warmup_iters: int, max_iters: int | None = None, cooldown_iters: int | None = None
+) -> float:
     """Linear from 0 to 1 over ``warmup_iters``, then 1; with a cool-down linear to 0 over the last ``cooldown_iters``."""
     if iteration < warmup_iters:
         return iteration / warmup_iters

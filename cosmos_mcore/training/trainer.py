@@ -154,4 +154,6 @@ def _write_config(config: RunConfig, folder: Path) -> None:
         temporary.write_text(to_yaml(config))
         os.replace(temporary, folder / "config.yaml")
     except OSError as error:
-        raise ValueError(f"the run's folder {folder} cannot be written ({error}); set OUTPUT_ROOT to a folder that can") from None
+        raise ValueError(
+            f"the run's folder {folder} cannot be written ({error}); set OUTPUT_ROOT to a folder that can"
+        ) from None

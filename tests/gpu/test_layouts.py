@@ -54,7 +54,9 @@ def run_worker(processes: int, task: dict[str, Any]) -> dict[str, dict[str, Any]
     # For the verification card (docs/cards/README.md).
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "a") as file:
-        file.write(json.dumps({"processes": processes, "task": task, "results": results, "log": done.stderr[-2000:]}) + "\n")
+        file.write(
+            json.dumps({"processes": processes, "task": task, "results": results, "log": done.stderr[-2000:]}) + "\n"
+        )
     return results
 
 

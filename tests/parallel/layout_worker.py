@@ -71,6 +71,14 @@ def train(run: Run, steps):
     return curve
 
 
+def count_forwards(run: Run):
+    """How often this rank's first layer and its attention run, counted from now on."""
+    layer, counts = run.chunks[0].decoder.layers[0], {"layer": 0, "attention": 0}
+    for name, module in (("layer", layer), ("attention", layer.self_attention.core_attention)):
+        module.register_forward_pre_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+    return counts
+
+
 def main(folder, jobs, steps=None):
     """Writes FOLDER/JOB.json after each job; ``steps`` replaces the table's number of steps."""
     os.environ["OUTPUT_ROOT"] = str(folder)
@@ -81,11 +89,12 @@ def main(folder, jobs, steps=None):
         run = set_up_without_clips(config, arch)
         first = run.progress.iteration
         assert bool(first) == (saved is not None)
+        forwards = count_forwards(run)
         curve = train(run, steps or (RESUMED_STEPS if saved else STEPS))
         if not saved:
             save_checkpoint(run.checkpoints, run.progress.iteration, run.chunks, run.optimizer, asdict(run.progress))
         if dist.get_rank() == 0:
-            (folder / f"{job}.json").write_text(json.dumps({"first": first, "curve": curve}))
+            (folder / f"{job}.json").write_text(json.dumps({"first": first, "curve": curve, "forwards": forwards}))
         port = [free_port()]
         dist.broadcast_object_list(port)
         shut_down()

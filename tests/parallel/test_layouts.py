@@ -97,6 +97,13 @@ def test_same_curve_from_new_weights(jobs, job):
     check_curve(result, LAYOUTS[job].model)
 
 
+@pytest.mark.parametrize("job", marked(name for name in LAYOUTS if "recompute" in name))
+def test_recompute_runs_again_what_it_should(jobs, job):
+    forwards, micro_batches = jobs.result(job)["forwards"], 4 * STEPS
+    assert forwards["layer"] == micro_batches * (1 if "selective" in job else 2)
+    assert forwards["attention"] == micro_batches * 2
+
+
 @pytest.mark.parametrize("job", marked(RESUMES))
 def test_same_curve_after_a_resume(jobs, job):
     result = jobs.result(job)
