@@ -24,11 +24,11 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cosmos_mcore.checkpoint.megatron_writer import writing_in_this_process
+from cosmos_mcore.checkpoint.pointer import LATEST, checkpoint_name, is_distributed, latest_checkpoint
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest_checkpoint.txt"
 # The only sharding of the optimizer's state that every other layout can load.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -37,34 +37,6 @@ _METADATA = {
 }
 
 _LOAD_ERRORS = (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError)
-
-
-def checkpoint_name(iteration: int) -> str:
-    """Folder name of a checkpoint."""
-    return f"iter_{iteration:09d}"
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint that ``latest_checkpoint.txt`` in ``folder`` names, or None.
-
-    Raises:
-        ValueError: if the file names a checkpoint that is not there.
-    """
-    pointer = folder / LATEST
-    if not pointer.exists():
-        return None
-    path = folder / pointer.read_text().strip()
-    if not is_distributed(path):
-        raise ValueError(
-            f"{pointer} names {path.name}, which is not a complete checkpoint; write the name of another folder into "
-            "that file, or delete it to start afresh"
-        )
-    return path
-
-
-def is_distributed(path: Path) -> bool:
-    """Whether ``path`` is a folder in Megatron's distributed format."""
-    return (path / "metadata.json").is_file()
 
 
 def save_checkpoint(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import Parameter
 
+from cosmos_mcore.checkpoint.architecture import check_tensors
+from cosmos_mcore.checkpoint.distributed import load_weights
 from cosmos_mcore.checkpoint.names import Entry, entries, local_value, original_shapes
+from cosmos_mcore.checkpoint.pointer import is_distributed
+from cosmos_mcore.checkpoint.recognize import open_checkpoint
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.model.init import initial_tensor
 from cosmos_mcore.model.presets import ModelArch
@@ -50,3 +55,17 @@ def initialize_weights(chunks: Sequence[CosmosARModel], arch: ModelArch, seed: i
     device = next(chunks[0].parameters()).device
     shapes = original_shapes(arch)
     set_weights(chunks, arch, lambda name: initial_tensor(name, shapes[name], arch, seed, device))
+
+
+def load_any_weights(path: Path, arch: ModelArch, chunks: Sequence[CosmosARModel]) -> None:
+    """Loads weights in any layout that ``open_checkpoint`` recognises.
+
+    Raises:
+        ValueError: if there is nothing to load, or it is damaged, unsafe, or another model; lists what differs.
+    """
+    if is_distributed(path):
+        load_weights(path, chunks)
+        return
+    checkpoint = open_checkpoint(path)
+    check_tensors(original_shapes(checkpoint.arch), original_shapes(arch), f"{path}, for the configured model,")
+    set_weights(chunks, arch, checkpoint.read)

@@ -163,6 +163,7 @@ class _StructurePickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO, expected: list[TensorSpec]) -> None:
         super().__init__(file, protocol=2)
+        self.fast = True  # no memo: two places with the same spec are two tensors
         self._expected = expected
 
     def persistent_id(self, obj: Any) -> Any:

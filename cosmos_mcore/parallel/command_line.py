@@ -36,7 +36,7 @@ def report_error(error: Exception) -> int:
     if not is_rank_zero():
         # Most errors hit all ranks alike. Rank 0 speaks, and its launcher ends the others meanwhile; a rank that failed
         # alone speaks for itself.
-        time.sleep(3)
+        time.sleep(10)
     if isinstance(error, ValueError) and _raised_by_us(error):
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

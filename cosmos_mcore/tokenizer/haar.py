@@ -38,9 +38,9 @@ _LUMA_STEPS = LEVELS[0] * _LUMA_FINE - 1
 # level pinned to zero (grey stays grey, flat stays flat), then rounded. Luma and colors lie in 0..1 and -0.5..0.5.
 _ORANGE = (-0.40, -0.19, -0.11, -0.035, 0.0, 0.06, 0.15, 0.39)
 _GREEN = (-0.40, -0.24, -0.11, -0.03, 0.0, 0.03, 0.15, 0.37)
-_SLOPE = (-0.269, -0.075, 0.0, 0.075, 0.269)  # luma at the cell's edge minus luma at its centre
+_SLOPE = (-0.27, -0.075, 0.0, 0.075, 0.27)  # luma at the cell's edge minus luma at its centre
 
-_LUMA_FADE = 6  # pixels on either side of a border between cells over which their planes fade into each other
+_LUMA_FADE = 4  # pixels on either side of a border between cells over which their planes fade into each other
 _COLOR_BY_LUMA = 0.1  # difference in luma at which a cell's color hardly counts any more
 
 
@@ -97,7 +97,8 @@ def _fade_matrices(cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
     distance = pixels - (torch.arange(cells, device=device) + 0.5) * CELL
     weight = (0.5 - (distance.abs() - CELL / 2) / (2 * _LUMA_FADE)).clamp(0, 1)
     weight /= weight.sum(dim=1, keepdim=True)  # at the picture's border there is no neighbour to fade into
-    return weight, weight * distance / (CELL / 2)
+    # Beyond its own border a plane goes on level: shapes get no dark or bright halo.
+    return weight, weight * (distance / (CELL / 2)).clamp(-1, 1)
 
 
 def _spread_colors(colors: Tensor, means: Tensor, luma: Tensor) -> Tensor:

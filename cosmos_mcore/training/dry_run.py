@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cosmos_mcore.checkpoint.distributed import latest_checkpoint
+from cosmos_mcore.checkpoint.pointer import latest_checkpoint
 from cosmos_mcore.config.derived import derive_video_layout, run_dir
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import index_clips

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
+from cosmos_mcore.checkpoint.pointer import latest_checkpoint
 from cosmos_mcore.config.derived import data_parallel_size, derive_video_layout, num_microbatches, run_dir
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import find_files
@@ -41,11 +43,19 @@ def preflight(config: RunConfig, world_size: int) -> None:
             "choose 1b, 4b or 12b"
         )
     find_files(config.data)
-    load = config.checkpoint.load
-    resumes = (run_dir(config) / "checkpoints" / "latest_checkpoint.txt").exists()
-    if load is not None and not resumes and not Path(load).exists():
-        raise ValueError(f"checkpoint.load={load} does not exist; give a checkpoint, or null to start from new weights")
+    if latest_checkpoint(run_dir(config) / "checkpoints") is None:
+        _check_start(config.checkpoint.load)
     _check_writable(run_dir(config))
+
+
+def _check_start(load: str | None) -> None:
+    if load is None:
+        return
+    path = Path(load)
+    if not path.exists() and not list(path.parent.glob(f"{path.stem}_*mp_0.pt")):
+        raise ValueError(f"checkpoint.load={load} does not exist; give a checkpoint, or null to start from new weights")
+    if path.suffix == ".pt" and path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(f"checkpoint.load={load} is not a complete torch file; copy or download it again")
 
 
 def processes(config: RunConfig, world_size: int) -> int:

@@ -16,8 +16,9 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from cosmos_mcore.checkpoint.distributed import is_distributed, latest_checkpoint, load_checkpoint, load_weights
-from cosmos_mcore.checkpoint.load import initialize_weights, set_weights
+from cosmos_mcore.checkpoint.distributed import load_checkpoint
+from cosmos_mcore.checkpoint.load import initialize_weights, load_any_weights
+from cosmos_mcore.checkpoint.pointer import latest_checkpoint
 from cosmos_mcore.config.derived import VideoLayout, derive_video_layout, run_dir
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import ClipIndex, index_clips
@@ -139,18 +140,6 @@ def load_start(
         initialize_weights(chunks, arch, config.training.seed)
     optimizer.reload_model_params()
     return Progress()
-
-
-def load_any_weights(path: Path, arch: ModelArch, chunks: list[CosmosARModel]) -> None:
-    """Loads weights in any layout: a distributed checkpoint, or an original ``model.pt``.
-
-    Raises:
-        ValueError: if the file is unreadable or holds another model.
-    """
-    if is_distributed(path):
-        load_weights(path, chunks)
-        return
-    raise ValueError(f"checkpoint.load={path} is not a checkpoint of a known layout")
 
 
 def _shared_index(config: RunConfig) -> ClipIndex:

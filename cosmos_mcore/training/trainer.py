@@ -13,6 +13,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from cosmos_mcore.checkpoint.distributed import remove_old_checkpoints, save_checkpoint
+from cosmos_mcore.checkpoint.recognize import open_checkpoint
+from cosmos_mcore.checkpoint.training_folder import write_training
 from cosmos_mcore.config import run_dir, to_yaml
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import SkippedFile
@@ -93,8 +95,13 @@ class Trainer:
         """Writes a checkpoint; returns when it is complete on disk."""
         run, folder = self.run, self.run.checkpoints
         path = save_checkpoint(folder, self.progress.iteration, run.chunks, run.optimizer, asdict(self.progress))
-        if dist.get_rank() == 0 and self.config.checkpoint.keep is not None:
-            remove_old_checkpoints(folder, self.config.checkpoint.keep)
+        if dist.get_rank() == 0:
+            if self.config.checkpoint.export_original:
+                size = self.config.parallel.tensor_model_parallel_size
+                write_training(open_checkpoint(path), folder, size, force=True, write_latest=False)
+            if self.config.checkpoint.keep is not None:
+                remove_old_checkpoints(folder, self.config.checkpoint.keep)
+        dist.barrier()
         for callback in self.callbacks:
             callback.on_save(self.progress.iteration, path)
 
