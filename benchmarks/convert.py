@@ -1,4 +1,4 @@
-"""How fast, and in how little memory, are checkpoints converted? Compared with ``cp`` of the same bytes and reading them.
+"""How fast, and in how little memory, are checkpoints converted, compared with ``cp`` and reading the same bytes?
 
     python benchmarks/convert.py [--preset 4b] [--folder /tmp/convert] [--keep]
 
@@ -43,7 +43,8 @@ def write_random_model(path: Path, preset: str) -> None:
 def measure(command: list[str]) -> tuple[float, float]:
     """Runs a command; returns wall seconds and its peak resident memory in GiB."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(command)} failed")
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="4b", choices=list(PRESETS))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/cosmos_convert_benchmark"))
-    parser.add_argument("--keep", action="store_true", help="leave the generated model there, and use it if it is there")
+    parser.add_argument("--keep", action="store_true", help="leave the model there, for the next time")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +92,11 @@ def main() -> None:
     read_seconds = read(model)
     copy.unlink()
     base = copy_seconds + read_seconds
-    print(f"{arguments.preset}: {size / 1e9:.2f} GB; torch {torch.__version__}, {os.cpu_count()} CPUs, {platform.machine()}")
-    print(f"cp {copy_seconds:.1f} s, reading once {read_seconds:.1f} s, together {base:.1f} s (fsync of the copy {sync_seconds:.1f} s)")
+    machine = f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}"
+    print(f"{arguments.preset}: {size / 1e9:.2f} GB; {machine}")
+    print(
+        f"cp {copy_seconds:.1f} s + reading {read_seconds:.1f} s = {base:.1f} s (fsync of the copy {sync_seconds:.1f} s)"
+    )
 
     python = [sys.executable, "scripts/"]
     commands = {

@@ -11,14 +11,12 @@ def main(argv: list[str]) -> int:
     """Parses the arguments and converts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="file, base name of shards, or folder")
-    parser.add_argument("--output", type=Path, required=True, help="X.pt, or a folder (safetensors, distributed, training)")
+    parser.add_argument("--output", type=Path, required=True, help="X.pt, or a folder for the last three layouts")
     parser.add_argument("--to", required=True, choices=LAYOUTS)
     parser.add_argument("--tensor_parallel_size", type=int, default=1, help="shards to cut tensors in")
     parser.add_argument("--pipeline_parallel_size", type=int, default=1, help="groups of layers (distributed only)")
     parser.add_argument("--model_size", default="auto", help="auto (read from the tensors), 1b, 4b, 5b, 12b or 13b")
-    parser.add_argument(
-        "--form", default="prefixed", choices=["prefixed", "plain", "nested"], help="keys of .pt files: model.*, *, or nested"
-    )
+    parser.add_argument("--form", default="prefixed", choices=["prefixed", "plain", "nested"], help="keys of .pt files")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--verify", action="store_true", help="compare both sides byte for byte and through the model")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Joins tensor-parallel shards ``X_model_mp_{rank}.pt`` to one file; the flags of cosmos-predict1's script."""
+"""Joins tensor-parallel shards ``X_model_mp_{rank}.pt`` to one file, with cosmos-predict1's flags."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-c", "--checkpoint_path", type=Path, required=True, help="base name X.pt of the shards")
     parser.add_argument("-o", "--output_path", type=Path, required=True, help="the file to write")
     parser.add_argument("-t", "--tensor_parallel_size", type=int, required=True, help="number of shards")
-    parser.add_argument("-s", "--model_size", default="auto", help="auto (read from the tensors), 1b, 4b, 5b, 12b or 13b")
+    parser.add_argument("-s", "--model_size", default="auto", help="auto (from the tensors), 1b, 4b, 5b, 12b, 13b")
     parser.add_argument("-f", "--model_family", default="cosmos", choices=["cosmos"])
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     arguments = parser.parse_args(argv)

@@ -1,9 +1,9 @@
 """Megatron's distributed checkpoints, read in one process without building the model.
 
-A folder in the ``torch_dist`` format: ``.metadata`` lists each tensor's chunks and where they lie, ``__R_0.distcp`` holds
-the chunks that rank R wrote, each a small archive of ``torch.save``. Layers are stacked in a leading axis; gate and up
-projection are stored one after the other, query, key and value interleaved by group. PyTorch's own reader unpickles
-whatever ``.metadata`` holds; ours does not.
+A folder in the ``torch_dist`` format: ``.metadata`` lists each tensor's chunks and where they lie, ``__R_0.distcp``
+holds the chunks that rank R wrote, each a small archive of ``torch.save``. Layers are stacked in a leading axis; gate
+and up projection are stored one after the other, query, key and value interleaved by group. PyTorch's own reader
+unpickles whatever ``.metadata`` holds; ours does not.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def read_metadata(folder: Path) -> Metadata:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; this is not a complete distributed checkpoint") from None
+        raise ValueError(f"{path} cannot be read ({error.strerror}): not a complete checkpoint") from None
     except pickle.UnpicklingError as error:
         if "." in str(error) and " " not in str(error):
             raise ValueError(f"{path} is refused: it holds Python objects ({error}) that could run code") from None

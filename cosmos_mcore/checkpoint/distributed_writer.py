@@ -32,6 +32,7 @@ from cosmos_mcore.model.presets import ModelArch
 
 _MASTER_PREFIX = "optimizer.state.param."  # float32 weights
 _CONFIG = "metadata.json"
+_Item = tuple[Entry, str, str, "torch.dtype | None"]
 
 
 def write_distributed(
@@ -64,14 +65,15 @@ def write_distributed(
     arch, tp, pp = checkpoint.arch, tensor_parallel_size, pipeline_parallel_size
     check_tensor_parallel_size(checkpoint, tp)
     if pp < 1 or arch.num_layers % pp:
-        raise ValueError(f"--pipeline_parallel_size {pp} does not divide the {arch.num_layers} layers of {checkpoint.path}")
+        raise ValueError(f"--pipeline_parallel_size {pp} does not divide the {arch.num_layers} layers of the model")
     names = [f"__{rank}_0.distcp" for rank in range(tp * pp)]
     sizes = stacked_sizes(arch)
     metadata = Metadata(state_dict_metadata={}, storage_data={})
     with new_folder(folder, force) as temporary:
         with ExitStack() as stack:
             files = [stack.enter_context(open(temporary / name, "wb")) for name in names]
-            for (entry, prefix, state, dtype), parts in ahead(_parameters(checkpoint), lambda item: _read(checkpoint, *item)):
+            for item, parts in ahead(_parameters(checkpoint), lambda item: _read(checkpoint, item)):
+                entry, prefix, state, _ = item
                 key, layer = stacked_name(entry.ours)
                 stage = layer * pp // arch.num_layers if layer is not None else 0 if "embedding" in key else pp - 1
                 for rank, offsets, chunk in _chunks(parts, entry, arch, tp):
@@ -90,7 +92,7 @@ def write_distributed(
     return [folder / name for name in (*names, METADATA, COMMON, _CONFIG)]
 
 
-def _parameters(checkpoint: Checkpoint) -> Iterator[tuple[Entry, str, str, torch.dtype | None]]:
+def _parameters(checkpoint: Checkpoint) -> Iterator[_Item]:
     """What to write: parameter, key prefix, state to read, and dtype to write it in (None: as it is)."""
     for entry in entries(checkpoint.arch):
         yield entry, STATE_PREFIX[WEIGHT], WEIGHT, None
@@ -100,7 +102,8 @@ def _parameters(checkpoint: Checkpoint) -> Iterator[tuple[Entry, str, str, torch
                 yield entry, STATE_PREFIX[state], state, torch.float32
 
 
-def _read(checkpoint: Checkpoint, entry: Entry, prefix: str, state: str, dtype: torch.dtype | None) -> list[Tensor]:
+def _read(checkpoint: Checkpoint, item: _Item) -> list[Tensor]:
+    entry, _, state, dtype = item
     parts = [checkpoint.read(name, state) for name in entry.originals]
     return parts if dtype is None else [part.to(dtype) for part in parts]
 
@@ -141,7 +144,7 @@ def _record(
 
 
 def _common_state(training: TrainingState | None, consumed_samples: int | None) -> dict[str, Any]:
-    """What Megatron keeps beside tensors, with the optimizer's hyperparameters as its distributed optimizer looks for them."""
+    """What Megatron keeps beside tensors; the optimizer's settings as its distributed optimizer looks for them."""
     if training is None:
         return {}
     given = training.param_group

@@ -29,7 +29,7 @@ def open_safetensors(path: Path, model_size: str = "auto") -> FilesCheckpoint:
     Raises:
         ValueError: if files are missing or damaged, or hold something else.
     """
-    tensors = {}
+    tensors: dict[str, FileTensor] = {}
     for file_path in _files(path):
         file = SafetensorsFile(file_path)
         for name, tensor in file.tensors.items():
@@ -67,11 +67,11 @@ def write_safetensors(
     if len(files) > 1:
         names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     with new_folder(folder, force) as temporary:
-        for name, tensors in zip(names, files, strict=True):
-            with SafetensorsWriter(temporary / name, {t.name: specs[t.name] for t in tensors}) as writer:
-                for (original,), values in ahead((t.originals for t in tensors), lambda names: checkpoint.read(names[0])):
+        for file, tensors in zip(names, files, strict=True):
+            with SafetensorsWriter(temporary / file, {t.name: specs[t.name] for t in tensors}) as writer:
+                for name, values in ahead((tensor.originals[0] for tensor in tensors), checkpoint.read):
                     writer.write(values)
-                    checkpoint.release(original)
+                    checkpoint.release(name)
         if len(files) > 1:
             index = {
                 "metadata": {"total_size": sum(map(_bytes, specs.values()))},

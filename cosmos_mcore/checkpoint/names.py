@@ -234,6 +234,14 @@ def stored_tensors(arch: ModelArch, naming: str) -> list[Stored]:
     return sorted(stored, key=lambda tensor: order[tensor.originals[0]])
 
 
+def part_shape(stored: Stored, shapes: Mapping[str, tuple[int, ...]], tensor_parallel_size: int) -> tuple[int, ...]:
+    """Shape of one rank's part of a stored tensor, from full shapes under the original's names."""
+    shape = [sum(shapes[name][0] for name in stored.originals), *shapes[stored.originals[0]][1:]]
+    if stored.split_axis is not None:
+        shape[stored.split_axis] //= tensor_parallel_size
+    return tuple(shape)
+
+
 def stacked_name(ours: str) -> tuple[str, int | None]:
     """Megatron's key of a parameter in a distributed checkpoint, where layers are stacked, and the layer (or None)."""
     parts = ours.split(".")
@@ -243,7 +251,7 @@ def stacked_name(ours: str) -> tuple[str, int | None]:
 
 
 def original_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
-    """Full shape of every tensor of the original's layout, in the original's order (which numbers its optimizer state)."""
+    """Full shape of every tensor of the original's layout, in the order that numbers its optimizer state."""
     hidden, head = arch.hidden_size, arch.kv_channels
     q, kv, ffn = arch.num_attention_heads * head, arch.num_query_groups * head, arch.ffn_hidden_size
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (arch.embedding_size, hidden)}

@@ -1,4 +1,7 @@
-"""The original's files: ``model.pt``, its tensor-parallel shards and its TE backend's names (spec/checkpoint.md 1 to 3)."""
+"""The original's files: ``model.pt``, its tensor-parallel shards, its TE backend's names.
+
+Facts: spec/checkpoint.md sections 1 to 3.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cosmos_mcore.checkpoint.files import ahead, new_files
-from cosmos_mcore.checkpoint.names import Stored, original_shapes, shard, stored_tensors
+from cosmos_mcore.checkpoint.names import Stored, original_shapes, part_shape, shard, stored_tensors
 from cosmos_mcore.checkpoint.reader import Checkpoint, FilesCheckpoint, FileTensor
 from cosmos_mcore.checkpoint.torch_file import TensorSpec, TorchFile, TorchFileWriter
 
@@ -87,7 +90,7 @@ def open_shards(base: Path, model_size: str = "auto", tensor_parallel_size: int 
 
 
 def state_dict(file: TorchFile) -> dict[str, FileTensor]:
-    """The weights of a file: flat with or without the ``model.`` prefix, or nested under ``model``; no ``_extra_state``.
+    """The weights of a file: flat, with or without ``model.`` prefix, or nested under ``model``; no ``_extra_state``.
 
     Raises:
         ValueError: if there is something else in it.
@@ -188,9 +191,8 @@ def part_specs(checkpoint: Checkpoint, stored: Sequence[Stored], size: int) -> d
     for tensor in stored:
         dtypes = {checkpoint.dtype(name) for name in tensor.originals}
         if len(dtypes) > 1:
-            raise ValueError(f"{checkpoint.path}: {' and '.join(tensor.originals)} differ in dtype, so cannot be joined")
-        parts = [shard(torch.empty(shapes[name], device="meta"), tensor.split_axis, 0, size) for name in tensor.originals]
-        specs[tensor.name] = TensorSpec(tuple(torch.cat(parts).shape), dtypes.pop())
+            raise ValueError(f"{checkpoint.path}: {' and '.join(tensor.originals)} differ in dtype: cannot be joined")
+        specs[tensor.name] = TensorSpec(part_shape(tensor, shapes, size), dtypes.pop())
     return specs
 
 

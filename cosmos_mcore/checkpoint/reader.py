@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosmos_mcore.checkpoint.architecture import arch_of_size, check_tensors
 from cosmos_mcore.checkpoint.files import release_pages
-from cosmos_mcore.checkpoint.names import Stored, original_shapes, stored_tensors
+from cosmos_mcore.checkpoint.names import original_shapes, part_shape, stored_tensors
 from cosmos_mcore.model.presets import ModelArch
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 # Replicated tensors of one model may differ between tensor-parallel ranks, since the original never sums the gradients
 # of the q/k-norms over them; this much is averaged away, as its merge tool does (spec/checkpoint.md section 3).
-_REPLICA_TOLERANCE = {"atol": 5e-2, "rtol": 0.1}
+_REPLICA_ATOL, _REPLICA_RTOL = 5e-2, 0.1
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class FilesCheckpoint(Checkpoint):
         self.arch = arch_of_size(model_size, full, str(path))
         stored = stored_tensors(self.arch, naming)
         shapes = original_shapes(self.arch)
-        expected = {tensor.name: _part_shape(tensor, shapes, len(ranks)) for tensor in stored}
+        expected = {tensor.name: part_shape(tensor, shapes, len(ranks)) for tensor in stored}
         for tensors in ranks:
             files = sorted({str(entry.file.path) for entry in tensors.values()})
             check_tensors({name: tuple(entry.tensor.shape) for name, entry in tensors.items()}, expected, files[0])
@@ -183,22 +183,13 @@ class FilesCheckpoint(Checkpoint):
             return parts[0]
         mean = torch.stack([part.float() for part in parts]).mean(0)
         if state == WEIGHT:
-            if not torch.allclose(parts[0].float(), mean, **_REPLICA_TOLERANCE):
+            if not torch.allclose(parts[0].float(), mean, atol=_REPLICA_ATOL, rtol=_REPLICA_RTOL):
                 raise ValueError(
                     f"{self.path}: {name} should be the same in all {len(parts)} shards, but it is not: are these "
                     "shards of one model?"
                 )
             logger.warning("%s: %s differs between the shards; their mean is taken", self.path, name)
         return mean.to(parts[0].dtype)
-
-
-def _part_shape(stored: Stored, shapes: Mapping[str, tuple[int, ...]], ranks: int) -> tuple[int, ...]:
-    """Shape of one rank's part of a stored tensor."""
-    shape = list(shapes[stored.originals[0]])
-    shape[0] = sum(shapes[name][0] for name in stored.originals)
-    if stored.split_axis is not None:
-        shape[stored.split_axis] //= ranks
-    return tuple(shape)
 
 
 def _full_shapes(tensors: Mapping[str, FileTensor], naming: str, ranks: int) -> dict[str, tuple[int, ...]]:

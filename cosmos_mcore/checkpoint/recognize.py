@@ -42,7 +42,7 @@ def open_checkpoint(path: Path, model_size: str = "auto") -> Checkpoint:
         if is_trainer_file(file):
             shards = existing_shards(path)
             if not shards:
-                raise ValueError(f"{path} holds only the trainer's state, and no {path.stem}_model_mp_0.pt is beside it")
+                raise ValueError(f"{path} holds no tensors, and no {path.stem}_model_mp_0.pt is beside it")
             return open_tensor_parallel(file, shards, model_size)
         if has_optimizer(file):
             return open_plain(file, model_size)

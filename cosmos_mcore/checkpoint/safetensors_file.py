@@ -1,7 +1,7 @@
 """Files in the safetensors format, read through a mapping and written one tensor at a time.
 
-The format is a little-endian 64-bit length, that many bytes of JSON (name to dtype, shape, first and last byte), and the
-tensors' bytes. It holds no code and no checksums. The library of that name wants a whole file's tensors in memory.
+The format is a little-endian 64-bit length, that many bytes of JSON (name to dtype, shape, first and last byte), and
+the tensors' bytes. It holds no code and no checksums. The library of that name wants a whole file's tensors in memory.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosmos_mcore.checkpoint.files import fetch_pages
-from cosmos_mcore.checkpoint.torch_file import TensorSpec
+from cosmos_mcore.checkpoint.torch_file import TensorSpec, tensor_bytes
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -101,14 +100,14 @@ class SafetensorsWriter:
         """Appends the next tensor."""
         spec = self._expected[self._next]
         assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), f"expected {spec}"
-        self._file.write(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor_bytes(tensor))
         self._next += 1
 
     def __enter__(self) -> SafetensorsWriter:
         """Starts the block."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Closes the file."""
         self._file.close()
         assert error is not None or self._next == len(self._expected), "tensors are missing"
@@ -120,4 +119,4 @@ def _entry(value: Mapping[str, Any]) -> tuple[TensorSpec, int, int]:
 
 
 def _tensor(storage: torch.UntypedStorage, spec: TensorSpec) -> Tensor:
-    return torch.empty(0, dtype=spec.dtype).set_(storage).view(spec.shape)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=spec.dtype).set_(storage).view(spec.shape)

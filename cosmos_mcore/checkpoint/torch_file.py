@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ class TorchFile:
         if info is None:
             return
         fetch_pages(tensor)
-        if zlib.crc32(_bytes(torch.empty(0, dtype=torch.uint8).set_(storage))) != info.CRC:
+        if zlib.crc32(tensor_bytes(torch.empty(0, dtype=torch.uint8).set_(storage))) != info.CRC:
             raise ValueError(f"{self.path} is corrupted: {name} does not match its checksum; copy or download it again")
 
 
@@ -122,14 +121,14 @@ class TorchFileWriter:
         """Appends the next tensor, in the order in which the structure names them."""
         spec = self._expected[self._next]
         assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), f"expected {spec}"
-        self._record(f"data/{self._next}", _bytes(tensor))
+        self._record(f"data/{self._next}", tensor_bytes(tensor))
         self._next += 1
 
     def __enter__(self) -> TorchFileWriter:
         """Starts the block."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Finishes the file, or closes it as it is after an error."""
         try:
             if error is None:
@@ -175,8 +174,8 @@ class _StructurePickler(pickle.Pickler):
         storage = _Storage(obj, len(self._expected))
         self._expected.append(obj)
         strides = torch.empty(obj.shape, device="meta").stride()
-        arguments = (storage, 0, obj.shape, strides, False, collections.OrderedDict())
-        return torch._utils._rebuild_tensor_v2, arguments
+        hooks: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        return torch._utils._rebuild_tensor_v2, (storage, 0, obj.shape, strides, False, hooks)
 
 
 def load_bytes(data: bytes, where: str) -> Any:
@@ -214,7 +213,7 @@ def _tensors(content: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _bytes(tensor: Tensor) -> Any:
+def tensor_bytes(tensor: Tensor) -> Any:
     """The tensor's bytes as a buffer; a copy only if it is not contiguous."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
 

@@ -1,4 +1,4 @@
-"""The original's training checkpoints: weights with Adam's moments, plain or tensor-parallel (spec/checkpoint.md section 4).
+"""The original's training checkpoints: weights with Adam's moments (spec/checkpoint.md section 4).
 
 Plain: ``iter_{N}.pt`` with ``model``, ``optimizer``, ``scheduler``, ``grad_scaler`` and ``iteration``. Tensor-parallel:
 ``iter_{N}.pt`` with only the last two, and beside it ``iter_{N}_{model,optim,scheduler}_mp_{k}.pt`` for each rank.
@@ -26,10 +26,10 @@ from cosmos_mcore.checkpoint.original import (
     state_dict,
     write_tensors,
 )
+from cosmos_mcore.checkpoint.pointer import LATEST
 from cosmos_mcore.checkpoint.reader import MOMENTS, Checkpoint, FilesCheckpoint, FileTensor, TrainingState
 from cosmos_mcore.checkpoint.torch_file import TensorSpec, TorchFile, TorchFileWriter
 
-LATEST = "latest_checkpoint.txt"
 _STEP = "step"
 _TRAINER_KEYS = {"iteration", "grad_scaler"}
 # What torch's AdamW keeps per group, with its defaults.
@@ -177,7 +177,7 @@ def _moments(
     """Adam's moments of one rank: parameters are numbered in the order of the table."""
     state, moments = _optimizer(file)["state"], {}
     if set(state) != set(range(len(names))):
-        raise ValueError(f"{file.path} holds the optimizer state of {len(state)} tensors, but the model has {len(names)}")
+        raise ValueError(f"{file.path} holds optimizer state of {len(state)} tensors, but the model has {len(names)}")
     for index, name in enumerate(names):
         for moment in MOMENTS:
             tensor = state[index].get(moment)

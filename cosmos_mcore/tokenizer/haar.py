@@ -1,7 +1,7 @@
 """A training-free video tokenizer: no weights, no download, blurry but recognisable pictures.
 
 It describes the video by its frames 0, 8, 16, ... and lets the decoder cross-fade between them. In each 16x16 cell of
-such a frame six digits hold, in the color space YCoCg,
+such a frame six digits hold, in the colour space YCoCg,
 
 =======  ======  =================================================================
 channel  levels  meaning
@@ -35,17 +35,17 @@ _VERSION = 1  # part of the fingerprint: raise it with every change that alters 
 _LUMA_FINE = LEVELS[5]
 _LUMA_STEPS = LEVELS[0] * _LUMA_FINE - 1
 # Lloyd-Max levels for 70 % real driving clips, 25 % saturated moving shapes and 5 % evenly spread values, with one
-# level pinned to zero (grey stays grey, flat stays flat), then rounded. Luma and colors lie in 0..1 and -0.5..0.5.
+# level pinned to zero (grey stays grey, flat stays flat), then rounded. Luma and colours lie in 0..1 and -0.5..0.5.
 _ORANGE = (-0.40, -0.19, -0.11, -0.035, 0.0, 0.06, 0.15, 0.39)
 _GREEN = (-0.40, -0.24, -0.11, -0.03, 0.0, 0.03, 0.15, 0.37)
 _SLOPE = (-0.27, -0.075, 0.0, 0.075, 0.27)  # luma at the cell's edge minus luma at its centre
 
 _LUMA_FADE = 4  # pixels on either side of a border between cells over which their planes fade into each other
-_COLOR_BY_LUMA = 0.1  # difference in luma at which a cell's color hardly counts any more
+_COLOUR_BY_LUMA = 0.1  # difference in luma at which a cell's colour hardly counts any more
 
 
 class HaarTokenizer(VideoTokenizer):
-    """Mean color and luma slopes of each cell of every 8th frame; see the module's text."""
+    """Mean colour and luma slopes of each cell of every 8th frame; see the module's text."""
 
     @property
     def fingerprint(self) -> str:
@@ -53,7 +53,7 @@ class HaarTokenizer(VideoTokenizer):
         return f"haar-v{_VERSION}-chunk{self.pixel_chunk_duration}"
 
     def _encode_chunks(self, video: Tensor) -> Tensor:
-        red, green, blue = (video[:, :, ::GROUP].float() * 0.5 + 0.5).unbind(1)
+        red, green, blue = (video[:, :, ::GROUP].to(torch.float32) * 0.5 + 0.5).unbind(1)
         luma = _cells((red + blue) / 4 + green / 2)
         ramp = _ramp(video.device)
         power = ramp.square().mean()
@@ -71,11 +71,11 @@ class HaarTokenizer(VideoTokenizer):
 
     def _decode_chunks(self, ids: Tensor) -> Tensor:
         coarse, orange, green, slope_x, slope_y, fine = ids_to_digits(ids).unbind(1)
-        means = (coarse * _LUMA_FINE + fine).float() / _LUMA_STEPS
+        means = (coarse * _LUMA_FINE + fine).to(torch.float32) / _LUMA_STEPS
         luma = _blend_planes(means, _look_up(slope_x, _SLOPE), _look_up(slope_y, _SLOPE))
-        orange, green = _spread_colors(torch.stack([_look_up(orange, _ORANGE), _look_up(green, _GREEN)]), means, luma)
+        orange, green = _spread_colours(torch.stack([_look_up(orange, _ORANGE), _look_up(green, _GREEN)]), means, luma)
         frames = torch.stack([luma + orange - green, luma + green, luma - orange - green], dim=1).clamp_(0, 1) * 2 - 1
-        share = (torch.arange(1, GROUP + 1, device=ids.device) / GROUP)[:, None, None]
+        share = (torch.arange(1, GROUP + 1, dtype=torch.float32, device=ids.device) / GROUP)[:, None, None]
         between = torch.lerp(frames[:, :, :-1, None], frames[:, :, 1:, None], share)
         return torch.cat([frames[:, :, :1], between.flatten(2, 3)], dim=2)
 
@@ -93,33 +93,33 @@ def _fade_matrices(cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
     Returns:
         Two matrices [16·cells, cells].
     """
-    pixels = torch.arange(CELL * cells, device=device)[:, None] + 0.5
-    distance = pixels - (torch.arange(cells, device=device) + 0.5) * CELL
+    pixels = torch.arange(CELL * cells, dtype=torch.float32, device=device)[:, None] + 0.5
+    distance = pixels - (torch.arange(cells, dtype=torch.float32, device=device) + 0.5) * CELL
     weight = (0.5 - (distance.abs() - CELL / 2) / (2 * _LUMA_FADE)).clamp(0, 1)
     weight /= weight.sum(dim=1, keepdim=True)  # at the picture's border there is no neighbour to fade into
     # Beyond its own border a plane goes on level: shapes get no dark or bright halo.
     return weight, weight * (distance / (CELL / 2)).clamp(-1, 1)
 
 
-def _spread_colors(colors: Tensor, means: Tensor, luma: Tensor) -> Tensor:
+def _spread_colours(colours: Tensor, means: Tensor, luma: Tensor) -> Tensor:
     """Colors [2, N, T, 16h, 16w] of all pixels from those of the cells [2, N, T, h, w].
 
     Of the cells around a pixel, near ones count most (as in bilinear interpolation), and of these, those whose mean
-    luma is like the pixel's. So colors follow the edges that luma shows: joint bilateral upsampling (Kopf et al. 2007).
+    luma is like the pixel's. So colours follow the edges that luma shows: joint bilateral upsampling (Kopf et al. 2007).
     """
     height, width = means.shape[-2:]
     luma = _cells(luma)
-    cells = F.pad(torch.cat([colors, means[None], torch.ones_like(means)[None]]), (1, 1, 1, 1))
-    colors_total, weights_total = torch.zeros_like(luma).expand(2, *luma.shape).clone(), torch.zeros_like(luma)
+    cells = F.pad(torch.cat([colours, means[None], torch.ones_like(means)[None]]), (1, 1, 1, 1))
+    colours_total, weights_total = torch.zeros_like(luma).expand(2, *luma.shape).clone(), torch.zeros_like(luma)
     near = {step: (1 - (_ramp(luma.device) / 2 - step).abs()).clamp(min=0) for step in (-1, 0, 1)}
     for dy, dx in itertools.product(near, repeat=2):
         shifted = cells[..., 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width, None, None]
-        color, mean, inside = shifted[:2], shifted[2], shifted[3]
-        alike = torch.exp(-(((luma - mean) / _COLOR_BY_LUMA) ** 2)) + 1e-3
+        colour, mean, inside = shifted[:2], shifted[2], shifted[3]
+        alike = torch.exp(-(((luma - mean) / _COLOUR_BY_LUMA) ** 2)) + 1e-3
         weight = alike * inside * near[dy][:, None] * near[dx]
-        colors_total += color * weight
+        colours_total += colour * weight
         weights_total += weight
-    return _uncells(colors_total / weights_total)
+    return _uncells(colours_total / weights_total)
 
 
 def _cells(pixels: Tensor) -> Tensor:
@@ -134,14 +134,14 @@ def _uncells(cells: Tensor) -> Tensor:
 
 def _ramp(device: torch.device) -> Tensor:
     """Positions of a cell's 16 pixels, -1 at its left or upper edge, 1 at the other."""
-    return (torch.arange(CELL, device=device) + 0.5) * (2 / CELL) - 1
+    return (torch.arange(CELL, dtype=torch.float32, device=device) + 0.5) * (2 / CELL) - 1
 
 
 def _nearest(values: Tensor, levels: tuple[float, ...]) -> Tensor:
     """The number of the nearest level, int32."""
-    table = torch.tensor(levels, device=values.device)
+    table = torch.tensor(levels, dtype=torch.float32, device=values.device)
     return torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.int32)
 
 
 def _look_up(digits: Tensor, levels: tuple[float, ...]) -> Tensor:
-    return torch.tensor(levels, device=digits.device)[digits]
+    return torch.tensor(levels, dtype=torch.float32, device=digits.device)[digits]
