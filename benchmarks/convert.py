@@ -95,7 +95,7 @@ def main() -> None:
     machine = f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}"
     print(f"{arguments.preset}: {size / 1e9:.2f} GB; {machine}")
     print(
-        f"cp {copy_seconds:.1f} s + reading {read_seconds:.1f} s = {base:.1f} s (fsync of the copy {sync_seconds:.1f} s)"
+        f"cp {copy_seconds:.1f} s + reading {read_seconds:.1f} s = {base:.1f} s (fsync of the copy {sync_seconds:.1f})"
     )
 
     python = [sys.executable, "scripts/"]

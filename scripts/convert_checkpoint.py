@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         return 0
     from cosmos_mcore.checkpoint.verify import verify
 
-    report = verify(args.input, args.output)
+    report = verify(args.input, args.output if args.output.is_dir() else files[0])
     print(report.table())
     return 0 if report.equal else 1
 

@@ -28,21 +28,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="where everything is written")
     args = parser.parse_args(argv)
     started = time.monotonic()
+    config = load_config(CONFIG)
 
     if args.data is None:
         print("Making clips of moving shapes", flush=True)
-        data, height, width = args.output / "clips", 96, 160
-        make_shape_clips(data, 64, height=height, width=width, seed=0)
-        source = make_shape_clips(args.output / "unseen", 1, height=height, width=width, seed=1)[0]
+        data, size = args.output / "clips", {"height": config.data.height, "width": config.data.width}
+        make_shape_clips(data, 64, seed=0, shapes_per_clip=2, **size)
+        source = make_shape_clips(args.output / "unseen", 1, seed=1, shapes_per_clip=2, **size)[0]
+        overrides = [f"data.path={data}"]
     else:
         data = Path(args.data)
-        source = Path(index_clips(load_config(CONFIG, [f"data.path={data}"]).data).clips[0].path)
+        # Real videos have detail that needs more cells, and are not learnt in minutes anyway: fewer, larger steps.
+        overrides = [f"data.path={data}", "data.height=96", "data.width=160", "training.train_iters=120"]
+        source = Path(index_clips(load_config(CONFIG, overrides).data).clips[0].path)
 
-    iterations = load_config(CONFIG).training.train_iters
+    iterations = load_config(CONFIG, overrides).training.train_iters
     run = args.output / "run" / "demo" / "autoregressive_base" / "tiny_cpu"
     shutil.rmtree(run, ignore_errors=True)
     # The first half stops early, but its learning rate falls as in the whole run; the second half resumes it.
-    train = ["examples/pretrain_cosmos_ar.py", CONFIG, f"data.path={data}", f"schedule.decay_iters={iterations}"]
+    train = ["examples/pretrain_cosmos_ar.py", CONFIG, *overrides, f"schedule.decay_iters={iterations}"]
     execute(args.output, "Training, first half", *train, f"training.train_iters={iterations // 2}")
     execute(args.output, "Training, second half: resumes from the checkpoint", *train)
     generate = ["examples/generate_video.py", "--checkpoint", str(run), "--input_image_or_video_path", str(source)]

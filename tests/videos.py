@@ -59,7 +59,7 @@ def write_test_clip(
 
     Args:
         draw: makes frame ``index`` from (index, height, width).
-        timestamps: of each frame in ticks, 16 per frame at the nominal rate, increasing; default: a constant rate from 0.
+        timestamps: of each frame in ticks, 16 per frame at the nominal rate; default: a constant rate from 0.
         rotation: degrees counterclockwise that a player must turn the frames.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +74,19 @@ def write_test_clip(
             frame = av.VideoFrame.from_ndarray(draw(index, height, width), format="rgb24")
             frame.time_base = stream.codec_context.time_base
             frame.pts = TICKS_PER_FRAME * index if timestamps is None else timestamps[index]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_audio_only(path: Path) -> Path:
+    """Writes a second of silence as an MP4 file without pictures, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        for index in range(16):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16000, 1024 * index, Fraction(1, 16000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path

@@ -12,8 +12,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -36,7 +38,18 @@ _METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
-_LOAD_ERRORS = (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError)
+# What Megatron and torch raise for damaged files; AttributeError comes from a mistake in Megatron 0.16's own report.
+_LOAD_ERRORS = (
+    CheckpointingException,
+    CheckpointException,
+    AttributeError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    UnpicklingError,
+    ValueError,
+)
 
 
 def save_checkpoint(
@@ -81,7 +94,7 @@ def save_checkpoint(
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """Deletes all but the newest ``keep`` complete checkpoints, never the one that ``latest_checkpoint.txt`` names."""
     latest = latest_checkpoint(folder)
-    complete = sorted(path for path in folder.glob("iter_*") if is_distributed(path))
+    complete = sorted(path for path in folder.glob("iter_*[0-9]") if is_distributed(path))
     for path in complete[:-keep]:
         if path != latest:
             shutil.rmtree(path)
@@ -151,9 +164,11 @@ def _one_line(path: Path) -> Iterator[None]:
         yield
     except _LOAD_ERRORS as error:
         first = str(error).strip().splitlines()
-        detail = first[0][:300] if first else type(error).__name__
+        detail = f"{type(error).__name__}: {first[0][:300]}" if first else type(error).__name__
         logger.debug("loading %s failed", path, exc_info=True)
-        raise ValueError(f"checkpoint {path} cannot be loaded into this model: {detail}") from error
+        raise ValueError(
+            f"checkpoint {path} cannot be loaded into this model with megatron-core {megatron.core.__version__}: {detail}"
+        ) from error
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The clips that a set of MP4 files holds (spec/data.md section 2). Imports no torch: a wrong path is reported at once."""
+"""The clips that a set of MP4 files holds (spec/data.md section 2).
+
+Imports no torch, so a wrong path is reported at once.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class SkippedFile:
 
 
 class Clips(Sequence[Clip]):
-    """All clips of the usable files, in order of file and first frame; made when asked for, as there may be millions."""
+    """All clips of the usable files, by file and first frame; each made when asked for, as there may be millions."""
 
     def __init__(self, files: Sequence[tuple[str, int]], config: DataConfig) -> None:
         """Takes (path, number of clips) of each file."""
@@ -85,9 +88,10 @@ class ClipIndex:
 def index_clips(config: DataConfig) -> ClipIndex:
     """Finds the MP4 files under ``config.path`` and the clips in them.
 
-    Folders are searched recursively, and the file extension may be in capitals, too (the original does neither). The
-    order is by path below each given folder, so it is the same on every machine. A file counts as usable if it has
-    enough frames and its first one can be decoded.
+    Folders are searched recursively, and the file extension may be in capitals, too (the original does neither).
+    Hidden files and folders are left out: they are half-written, or not meant to be data. The order is by path below
+    each given folder, so it is the same on every machine. A file counts as usable if it has enough frames and its
+    first one can be decoded.
 
     Args:
         config: read are ``path``, ``num_frames``, ``frame_stride`` and ``start_frame_interval``.
@@ -121,6 +125,11 @@ def _count_clips(path: str, config: DataConfig) -> int | SkippedFile:
 
 
 def find_files(config: DataConfig) -> list[str]:
+    """Finds the MP4 files under ``config.path`` without opening them; their paths, in the order of ``index_clips``.
+
+    Raises:
+        ValueError: if a path does not exist or cannot be read, or there is no MP4 file.
+    """
     roots = [config.path] if isinstance(config.path, str) else list(config.path)
     paths: list[str] = []
     for root in map(Path, roots):
@@ -128,7 +137,9 @@ def find_files(config: DataConfig) -> list[str]:
         if root.is_dir():
             paths += sorted(_walk(root), key=lambda path: os.path.relpath(path, root))
         elif not root.exists():
-            raise ValueError(f"data.path={root} does not exist ({root.absolute()}); set data.path to a folder with MP4 files")
+            raise ValueError(
+                f"data.path={root} does not exist ({root.absolute()}); set data.path to a folder with MP4 files"
+            )
         elif not _is_mp4(root.name):
             raise ValueError(f"data.path={root} is not an MP4 file; set data.path to a folder with MP4 files")
         else:
@@ -147,10 +158,11 @@ def _walk(root: Path) -> Iterator[str]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort()  # which of two links to one folder counts must not depend on the file system
+        # Sorted, since which of two links to one folder counts must not depend on the file system.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
             path = os.path.join(folder, name)
-            if _is_mp4(name) and not _is_special(path):
+            if _is_mp4(name) and not name.startswith(".") and not _is_special(path):
                 yield path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import deque
@@ -137,16 +138,14 @@ class ClipLoader:
 
     def _load(self, position: int, number: int) -> Tensor:
         """Ids [tokens] int32 on the CPU of the sample at ``position``: clip ``number`` or, if unreadable, another."""
-        ids = self._try_tokenize(number)
-        for replacement in self._sampler.replacements(position):
+        for candidate in itertools.chain([number], self._sampler.replacements(position)):
+            ids = self._try_tokenize(candidate)
             if ids is not None:
                 return ids
-            ids = self._try_tokenize(replacement)
-        if ids is not None:
-            return ids
+        last = self.skipped[-1]
         raise ValueError(
             f"no clip can be read any more: all {len(self._clips)} have failed, the last one in "
-            f"{self.skipped[-1].path} ({self.skipped[-1].reason}); check data.path"
+            f"{last.path} ({last.reason}); check data.path"
         )
 
     def _try_tokenize(self, number: int) -> Tensor | None:

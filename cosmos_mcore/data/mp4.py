@@ -10,13 +10,13 @@ import bisect
 import os
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import av
 import numpy as np
 
-
 # Tags that are not UTF-8 must not cost a file; PyAV 19 replaces such bytes by itself and has dropped the option.
-_OPEN_OPTIONS: dict[str, str] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+_OPEN_OPTIONS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 
 class UnreadableVideoError(Exception):
@@ -42,10 +42,11 @@ class Mp4File:
             self._container = av.open(os.fspath(path), **_OPEN_OPTIONS)
         except (av.error.FFmpegError, OSError) as error:
             raise UnreadableVideoError(f"cannot be opened ({_reason(error)})") from error
-        if not self._container.streams.video:
+        streams = self._container.streams.video
+        if not streams or not streams[0].codec_context:
             self._container.close()
-            raise UnreadableVideoError("has no video stream")
-        self._stream = self._container.streams.video[0]
+            raise UnreadableVideoError("has a video stream of an unknown codec" if streams else "has no video stream")
+        self._stream = streams[0]
         # Parallelism comes from reading several clips at once; frame threads would only add delay and memory.
         self._stream.codec_context.thread_count = 1
         # In decode order. What lies behind the end of a file that was cut off while copying does not count.
@@ -77,15 +78,20 @@ class Mp4File:
         try:
             return self._read(numbers)
         except (av.error.FFmpegError, OSError) as error:
-            raise UnreadableVideoError(f"frames {numbers[0]} to {numbers[-1]} cannot be decoded ({_reason(error)})") from error
+            raise UnreadableVideoError(
+                f"frames {numbers[0]} to {numbers[-1]} cannot be decoded ({_reason(error)})"
+            ) from error
 
     def _read(self, numbers: Sequence[int]) -> np.ndarray:
         packets, timestamps = self._demux(numbers[0], numbers[-1])
-        if numbers[-1] not in timestamps:
-            raise UnreadableVideoError(f"ends before frame {numbers[-1]} although its index lists {self.num_frames}")
+        missing = [number for number in numbers if number not in timestamps]
+        if missing:
+            raise UnreadableVideoError(
+                f"frame {missing[0]} is missing although its index lists {self.num_frames} frames"
+            )
         wanted = [timestamps[number] for number in numbers]
-        keyframes = (i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= wanted[0])
-        start = max(keyframes, default=0)
+        is_start = (packet.is_keyframe and packet.pts is not None and packet.pts <= wanted[0] for packet in packets)
+        start = max((i for i, suitable in enumerate(is_start) if suitable), default=0)
         found: dict[int, np.ndarray] = {}
         for packet in [*packets[start:], None]:  # None makes the decoder hand out the frames it holds back
             for frame in self._stream.codec_context.decode(packet):

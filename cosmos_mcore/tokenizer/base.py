@@ -53,7 +53,9 @@ class VideoTokenizer(ABC):
             raise ValueError(f"a video must be [B, 3, T, H, W], got {list(video.shape)}")
         batch, _, frames, height, width = video.shape
         if height % SPATIAL_COMPRESSION or width % SPATIAL_COMPRESSION or not height or not width:
-            raise ValueError(f"frames of {height}x{width} cannot be encoded: both must be multiples of {SPATIAL_COMPRESSION}")
+            raise ValueError(
+                f"frames of {height}x{width} cannot be encoded: both must be multiples of {SPATIAL_COMPRESSION}"
+            )
         chunk = self.pixel_chunk_duration
         if frames < chunk and frames % TEMPORAL_COMPRESSION == 1:
             chunk = frames
@@ -84,7 +86,9 @@ class VideoTokenizer(ABC):
         batch, latents = ids.shape[:2]
         chunk = min(self.latent_chunk_duration, latents)
         if not latents or latents % chunk:
-            raise ValueError(f"{latents} latent frames cannot be decoded: give a multiple of {self.latent_chunk_duration}, or fewer")
+            raise ValueError(
+                f"{latents} latent frames cannot be decoded: give a multiple of {self.latent_chunk_duration}, or fewer"
+            )
         video = self._decode_chunks(ids.unflatten(1, (latents // chunk, chunk)).flatten(0, 1))
         return video.unflatten(0, (batch, latents // chunk)).transpose(1, 2).flatten(2, 3)
 

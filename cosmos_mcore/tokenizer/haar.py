@@ -40,7 +40,7 @@ _ORANGE = (-0.40, -0.19, -0.11, -0.035, 0.0, 0.06, 0.15, 0.39)
 _GREEN = (-0.40, -0.24, -0.11, -0.03, 0.0, 0.03, 0.15, 0.37)
 _SLOPE = (-0.27, -0.075, 0.0, 0.075, 0.27)  # luma at the cell's edge minus luma at its centre
 
-_LUMA_FADE = 4  # pixels on either side of a border between cells over which their planes fade into each other
+_LUMA_FADE = 5  # pixels on either side of a border between cells over which their planes fade into each other
 _COLOUR_BY_LUMA = 0.1  # difference in luma at which a cell's colour hardly counts any more
 
 
@@ -105,7 +105,7 @@ def _spread_colours(colours: Tensor, means: Tensor, luma: Tensor) -> Tensor:
     """Colors [2, N, T, 16h, 16w] of all pixels from those of the cells [2, N, T, h, w].
 
     Of the cells around a pixel, near ones count most (as in bilinear interpolation), and of these, those whose mean
-    luma is like the pixel's. So colours follow the edges that luma shows: joint bilateral upsampling (Kopf et al. 2007).
+    luma is like the pixel's. So colours follow luma's edges: joint bilateral upsampling (Kopf et al. 2007).
     """
     height, width = means.shape[-2:]
     luma = _cells(luma)

@@ -31,7 +31,7 @@ def main(folder):
     for name, parallel in LAYOUTS.items():
         device = groups.initialize(parallel, seed=7)
         group = groups.replica_group()
-        total = torch.tensor([float(2**dist.get_rank())])
+        total = torch.tensor([float(2 ** dist.get_rank())])
         dist.all_reduce(total, group=group)
         found[name] = {
             "device": str(device),

@@ -12,7 +12,14 @@ def test_in_a_process_of_its_own():
 
 def devices():
     x = torch.ones(2, device="cuda")
-    for moved in (x, x.cuda(), x.to("cuda"), x.to(torch.device("cuda", 0)), x.to("cuda:0", torch.float64), x.to(device=0)):
+    for moved in (
+        x,
+        x.cuda(),
+        x.to("cuda"),
+        x.to(torch.device("cuda", 0)),
+        x.to("cuda:0", torch.float64),
+        x.to(device=0),
+    ):
         assert moved.device.type == "cpu"
     assert torch.empty(1, device=torch.cuda.current_device()).device.type == "cpu"
     assert x.to("cuda", torch.float64).dtype == torch.float64

@@ -127,7 +127,9 @@ def test_too_few_gpus_is_told_with_the_command_that_fits(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["examples/pretrain_cosmos_ar.py", "conf/x.yaml"])
     config.parallel.tensor_model_parallel_size = 8
-    with pytest.raises(ValueError, match="needs 8 GPUs but this node has 4; on 2 nodes run: torchrun --nnodes 2") as caught:
+    with pytest.raises(
+        ValueError, match="needs 8 GPUs but this node has 4; on 2 nodes run: torchrun --nnodes 2"
+    ) as caught:
         launch.processes_to_start(config)
     assert str(caught.value).endswith("examples/pretrain_cosmos_ar.py conf/x.yaml")
 

@@ -89,7 +89,9 @@ def test_processes_must_hold_whole_replicas_that_share_the_batch():
         check_world_size, made(tensor_model_parallel_size=3, context_parallel_size=2), 8
     )
     text = message(check_world_size, made(tensor_model_parallel_size=2, global_batch_size=6, micro_batch_size=2), 8)
-    assert "global_batch_size=6 must be a multiple of micro_batch_size=2 x 4 data-parallel replicas (8 processes)" in text
+    assert (
+        "global_batch_size=6 must be a multiple of micro_batch_size=2 x 4 data-parallel replicas (8 processes)" in text
+    )
     assert "try training.global_batch_size=8" in text
 
 

@@ -21,7 +21,7 @@ def check_one_line(run, *parts):
 
 
 def test_unknown_key(command, small_yaml):
-    check_one_line(command(small_yaml, "training.learning_rate=1"), "unknown key training.learning_rate", "optimizer.lr")
+    check_one_line(command(small_yaml, "training.lr=1"), "unknown key training.lr; did you mean optimizer.lr?")
 
 
 def test_no_such_config(command, small_yaml):

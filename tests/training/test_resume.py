@@ -49,7 +49,8 @@ def kill_one_rank(run, draw):
 def kill_during_a_save(run, draw):
     folder = run.folder / "checkpoints"
     run.wait_for(lambda: (folder / "iter_000000004").exists())
-    run.wait_for(lambda: list(folder.glob("iter_000000008.incomplete/*")))
+    run.wait_for(lambda: (folder / "iter_000000008.incomplete").exists())
+    time.sleep(draw.random() * 0.5)
     run.process.kill()
 
 
@@ -67,8 +68,6 @@ def test_a_killed_run_continues_the_same_curve(kill, code, command, small_yaml, 
     complete = latest_checkpoint(run.folder / "checkpoints")  # raises if what is named is not complete
     done = int(complete.name.rpartition("_")[2])
     assert done < TRAIN_ITERS - 3
-    if kill is kill_during_a_save:
-        assert done == 4 and (run.folder / "checkpoints" / "iter_000000008.incomplete").exists()
 
     found, stdout, stderr = command(small_yaml).finish()
     assert (found, stderr) == (0, "")

@@ -10,7 +10,9 @@ from tests.conftest import GOLDEN
 CASES = torch.load(GOLDEN / "schedule.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("case", CASES["experiments"], ids=lambda case: " ".join([case["experiment"], *case["overrides"]]))
+@pytest.mark.parametrize(
+    "case", CASES["experiments"], ids=lambda case: " ".join([case["experiment"], *case["overrides"]])
+)
 def test_experiments(case):
     settings, config = case["settings"], RunConfig()
     config.optimizer.lr = settings["lr"]
@@ -41,7 +43,9 @@ def test_decay_iters_may_differ_from_train_iters():
     config = RunConfig()
     config.schedule.warmup_iters, config.schedule.decay_iters = 10, 20
     config.optimizer.lr, config.schedule.min_lr = 1.0, 0.5
-    assert [learning_rate(config, i) for i in (5, 10, 15, 20, 21, 49999)] == pytest.approx([0.5, 1, 0.75, 0.5, 0.5, 0.5])
+    assert [learning_rate(config, i) for i in (5, 10, 15, 20, 21, 49999)] == pytest.approx(
+        [0.5, 1, 0.75, 0.5, 0.5, 0.5]
+    )
 
 
 def test_no_warmup_and_no_decay():

@@ -1,0 +1,135 @@
+"""What the process of ``test_distributed.py`` runs: ``python -m tests.checkpoint.distributed_worker FOLDER``."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from cosmos_mcore.checkpoint.distributed import load_checkpoint, load_weights, save_checkpoint
+from cosmos_mcore.checkpoint.load import load_any_weights
+from cosmos_mcore.checkpoint.pointer import latest_checkpoint
+from cosmos_mcore.config.derived import derive_video_layout
+from cosmos_mcore.model.builder import build_model
+from cosmos_mcore.parallel.initialize import shut_down
+from tests.parallel.layout_worker import set_up_without_clips, train
+from tests.parallel.layouts import BASE, config_of
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# Description: (file, what is done to it). The newest Megatron-Core writes no common.pt.
+DAMAGES = {
+    "truncated tensors": ("__0_0.distcp", truncate),
+    "missing tensors": ("__0_0.distcp", Path.unlink),
+    "garbage in .metadata": (".metadata", lambda file: file.write_bytes(b"garbage")),
+    "no .metadata": (".metadata", Path.unlink),
+    "truncated common.pt": ("common.pt", truncate),
+    "no common.pt": ("common.pt", Path.unlink),
+    "garbage in metadata.json": ("metadata.json", lambda file: file.write_text("{")),
+    "no metadata.json": ("metadata.json", Path.unlink),
+}
+
+
+def error_of(function, *arguments):
+    """The message of the ValueError that a call ends in, or what else happened."""
+    try:
+        function(*arguments)
+    except ValueError as error:
+        return str(error)
+    except Exception as error:
+        return f"not a ValueError: {type(error).__name__}: {error}"
+    return "no error"
+
+
+def interrupted_saves(run):
+    """What ``latest_checkpoint`` finds after saves that ended at different moments."""
+    replace_file, calls = os.replace, []
+
+    def replace_once(*paths):
+        calls.append(paths)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        replace_file(*paths)
+
+    moments = {
+        "before anything is written": ("dist_checkpointing.save", KeyboardInterrupt),
+        "before the folder is moved": ("os.replace", KeyboardInterrupt),
+        "before the pointer is moved": ("os.replace", replace_once),
+    }
+    found = {}
+    for moment, (name, effect) in moments.items():
+        with mock.patch(f"cosmos_mcore.checkpoint.distributed.{name}", side_effect=effect):
+            try:
+                save_checkpoint(run.checkpoints, 4, run.chunks, run.optimizer, asdict(run.progress))
+            except KeyboardInterrupt:
+                found[moment] = latest_checkpoint(run.checkpoints).name
+    save_checkpoint(run.checkpoints, 4, run.chunks, run.optimizer, asdict(run.progress))
+    found["none of them"] = latest_checkpoint(run.checkpoints).name
+    return found
+
+
+def state_of(run):
+    """Copies of all weights and of Adam's moments and step counts."""
+    weights = [parameter.detach().clone() for parameter in run.chunks[0].parameters()]
+    adam = [value.clone() for state in optimizer_states(run) for value in state.values()]
+    return weights + adam
+
+
+def optimizer_states(run):
+    for inner in run.optimizer.chained_optimizers:
+        yield from inner.optimizer.state.values()
+
+
+def main(folder):
+    """Writes FOLDER/results.json."""
+    os.environ["OUTPUT_ROOT"] = str(folder)
+    config = config_of("one")
+    run = set_up_without_clips(config, BASE)
+    train(run, 3)
+    before, forks = state_of(run), []
+    os.register_at_fork(before=lambda: forks.append(1))
+    path = save_checkpoint(run.checkpoints, 3, run.chunks, run.optimizer, asdict(run.progress))
+    results = {"forks": len(forks), "files": sorted(file.name for file in run.checkpoints.iterdir())}
+
+    train(run, 1)
+    results["moved"] = not any(torch.equal(a, b) for a, b in zip(before, state_of(run), strict=True))
+    results["progress"] = load_checkpoint(path, run.chunks, run.optimizer)
+    results["restored"] = [torch.equal(a, b) for a, b in zip(before, state_of(run), strict=True)]
+    counts = [state["step"] for state in optimizer_states(run)]
+    results["step counts of their own"] = len({count.data_ptr() for count in counts}) == len(counts)
+
+    def build(arch):
+        return build_model(config, arch, derive_video_layout(config), torch.device("cpu"))
+
+    weights = build(BASE)
+    for load in (lambda: load_weights(path, weights), lambda: load_any_weights(path, BASE, weights)):
+        for parameter in weights[0].parameters():
+            parameter.data.zero_()
+        load()
+        found = [torch.equal(a, b) for a, b in zip(before, weights[0].parameters(), strict=False)]
+        results.setdefault("weights", []).append(all(found))
+    others = {"wider": replace(BASE, ffn_hidden_size=128), "deeper": replace(BASE, num_layers=9)}
+    results["other models"] = {name: error_of(load_weights, path, build(arch)) for name, arch in others.items()}
+
+    results["damages"] = {}
+    for name, (file, damage) in DAMAGES.items():
+        if not (path / file).exists():
+            continue
+        copy = shutil.copytree(path, folder / "damaged")
+        damage(copy / file)
+        results["damages"][name] = error_of(load_checkpoint, copy, run.chunks, run.optimizer)
+        shutil.rmtree(copy)
+    results["interrupted"] = interrupted_saves(run)
+    (folder / "results.json").write_text(json.dumps(results))
+    shut_down()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

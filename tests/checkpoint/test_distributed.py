@@ -1,0 +1,96 @@
+"""Megatron's distributed format: what is saved comes back, and nothing incomplete is taken for a checkpoint."""
+
+import json
+
+import pytest
+
+from cosmos_mcore.checkpoint.distributed import remove_old_checkpoints
+from cosmos_mcore.checkpoint.pointer import checkpoint_name, latest_checkpoint
+from tests.checkpoint.distributed_worker import DAMAGES
+from tests.processes import run_ranks
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    run_ranks("tests.checkpoint.distributed_worker", 1, folder)
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_only_complete_files_are_left_after_a_save(results):
+    assert results["files"] == ["iter_000000003", "latest_checkpoint.txt"]
+
+
+def test_a_save_forks_no_process(results):
+    assert results["forks"] == 0
+
+
+def test_weights_and_optimizer_come_back(results):
+    assert results["moved"]
+    assert results["progress"] == {"iteration": 3, "consumed_samples": 0}
+    assert all(results["restored"])
+    assert results["step counts of their own"]
+
+
+def test_weights_alone(results):
+    assert results["weights"] == [True, True]
+
+
+def test_an_interrupted_save_leaves_the_last_complete_checkpoint(results):
+    *interrupted, complete = results["interrupted"].values()
+    assert interrupted == ["iter_000000003"] * 3
+    assert complete == "iter_000000004"
+
+
+@pytest.mark.parametrize("other", ["wider", "deeper"])
+def test_another_model_is_refused(results, other):
+    text = results["other models"][other]
+    assert "iter_000000003 cannot be loaded into this model with megatron-core " in text and "\n" not in text
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_sentence(results, damage):
+    if damage not in results["damages"]:
+        pytest.skip(f"this Megatron-Core writes no {DAMAGES[damage][0]}")
+    text = results["damages"][damage]
+    assert "/damaged " in text and "\n" not in text
+    assert not text.startswith("not a ValueError") and text != "no error"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five complete checkpoints, one that is being written, and other files."""
+    for iteration in (2, 4, 6, 8, 10):
+        (tmp_path / checkpoint_name(iteration)).mkdir()
+        (tmp_path / checkpoint_name(iteration) / "metadata.json").write_text("{}")
+    (tmp_path / "iter_000000012.incomplete").mkdir()
+    (tmp_path / "iter_000000012.incomplete" / "metadata.json").write_text("{}")
+    (tmp_path / "iter_000000010.pt").write_text("")
+    (tmp_path / "latest_checkpoint.txt").write_text("iter_000000010\n")
+    return tmp_path
+
+
+def left(folder):
+    return [int(path.name[5:]) for path in sorted(folder.glob("iter_*")) if path.name[5:].isdigit()]
+
+
+def test_the_newest_stay(folder):
+    remove_old_checkpoints(folder, keep=2)
+    assert left(folder) == [8, 10]
+    assert (folder / "iter_000000010.pt").exists()
+    remove_old_checkpoints(folder, keep=5)
+    assert left(folder) == [8, 10]
+
+
+def test_the_one_that_is_named_stays(folder):
+    (folder / "latest_checkpoint.txt").write_text("iter_000000004\n")
+    remove_old_checkpoints(folder, keep=1)
+    assert left(folder) == [4, 10]
+
+
+def test_latest(folder):
+    assert latest_checkpoint(folder) == folder / "iter_000000010"
+    assert latest_checkpoint(folder / "nowhere") is None
+    (folder / "iter_000000010" / "metadata.json").unlink()
+    with pytest.raises(ValueError, match="names iter_000000010, which is not a complete checkpoint"):
+        latest_checkpoint(folder)

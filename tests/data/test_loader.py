@@ -1,0 +1,263 @@
+"""The loader: one stream of clips whatever the layout and the interruptions, and no way to hang."""
+
+import json
+import logging
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cosmos_mcore.config.derived import derive_video_layout
+from cosmos_mcore.config.schema import RunConfig
+from cosmos_mcore.data import loader as loader_module
+from cosmos_mcore.data.decode import PyAVDecoder
+from cosmos_mcore.data.index import ClipIndex, Clips, SkippedFile, index_clips
+from cosmos_mcore.data.loader import ClipLoader
+from cosmos_mcore.data.mp4 import UnreadableVideoError
+from cosmos_mcore.data.sampler import ClipSampler
+from cosmos_mcore.data.transforms import normalize, resize_and_crop
+from cosmos_mcore.tokenizer.build import build_tokenizer
+from tests.processes import run_ranks
+from tests.videos import write_test_clip
+
+CPU = torch.device("cpu")
+
+
+def small_config(path="clips", global_batch_size=4, **data):
+    config = RunConfig()
+    config.training.global_batch_size = global_batch_size
+    for key, value in {"path": str(path), "height": 32, "width": 48, "num_frames": 9, **data}.items():
+        setattr(config.data, key, value)
+    return config
+
+
+def open_loader(config, index, rank=0, size=1, consumed=0, tokenizer=None, seed=5):
+    return ClipLoader(
+        index,
+        ClipSampler(len(index.clips), seed),
+        tokenizer or build_tokenizer(config, CPU),
+        config,
+        derive_video_layout(config),
+        data_parallel_rank=rank,
+        data_parallel_size=size,
+        replica_group=None,
+        device=CPU,
+        consumed_samples=consumed,
+    )
+
+
+def read(config, index, steps, **where):
+    with open_loader(config, index, **where) as loader:
+        ids = [loader.next() for _ in range(steps)]
+    return (
+        torch.stack(ids)
+        if ids
+        else torch.empty(0, config.training.global_batch_size // where.get("size", 1), 12, dtype=torch.int64)
+    )
+
+
+def loader_threads():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("clip")]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert loader_threads() == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    for number, frames in enumerate((12, 9, 15)):
+        write_test_clip(folder / f"{number}.mp4", frames, 40, 80)
+    return folder
+
+
+class DrawnClips:
+    """Stands in for a decoder: every clip another noise, some clips unreadable."""
+
+    def __init__(self, unreadable=(), delay=0.0):
+        self.unreadable, self.delay, self.decoded = set(unreadable), delay, []
+
+    def decode(self, clip):
+        self.decoded.append(clip)
+        time.sleep(self.delay)
+        if clip.first_frame in self.unreadable:
+            raise UnreadableVideoError(f"frame {clip.first_frame} is damaged")
+        draw = torch.Generator().manual_seed(clip.first_frame)
+        return torch.randint(0, 256, (9, 3, 32, 48), dtype=torch.uint8, generator=draw)
+
+
+def drawn(monkeypatch, num_clips, **settings):
+    decoder = DrawnClips(**settings)
+    monkeypatch.setattr(loader_module, "build_decoder", lambda config: decoder)
+    config = small_config()
+    return config, ClipIndex(Clips([("film.mp4", num_clips)], config.data), []), decoder
+
+
+def test_ids_are_those_of_the_samplers_clips(folder):
+    config = small_config(folder, global_batch_size=3)
+    index = index_clips(config.data)
+    assert len(index.clips) == 4 + 1 + 7
+    found = read(config, index, steps=4)
+    assert found.shape == (4, 3, 2 * 2 * 3)
+    assert found.dtype == torch.int64
+    tokenizer = build_tokenizer(config, CPU)
+    for ids, number in zip(found.flatten(0, 1), ClipSampler(12, 5).clip_indices(0, 12), strict=True):
+        video = normalize(resize_and_crop(PyAVDecoder().decode(index.clips[number]), 32, 48))
+        assert torch.equal(ids, tokenizer.encode(video[None]).flatten().long())
+    assert len(found.flatten(0, 1).unique(dim=0)) >= 7  # the three files begin alike
+
+
+@settings(max_examples=20)
+@given(
+    num_clips=st.integers(1, 30),
+    replicas=st.sampled_from([1, 2, 4]),
+    start=st.integers(0, 100),
+    interrupted_after=st.integers(0, 3),
+    unreadable=st.sets(st.integers(0, 29), max_size=12),
+    num_workers=st.integers(1, 4),
+    prefetch_steps=st.integers(0, 3),
+)
+def test_stream_depends_on_nothing_but_seed_and_position(
+    num_clips, replicas, start, interrupted_after, unreadable, num_workers, prefetch_steps
+):
+    unreadable -= {0}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        config, index, _ = drawn(monkeypatch, num_clips, unreadable=unreadable)
+        expected = read(config, index, steps=4, consumed=start)
+        config.data.num_workers, config.data.prefetch_steps = num_workers, prefetch_steps
+        parts = []
+        for rank in range(replicas):
+            before = read(config, index, interrupted_after, rank=rank, size=replicas, consumed=start)
+            resumed = start + 4 * interrupted_after
+            after = read(config, index, 4 - interrupted_after, rank=rank, size=replicas, consumed=resumed)
+            parts.append(torch.cat([before, after]))
+        assert torch.equal(torch.cat(parts, dim=1), expected)
+
+
+def test_replacement_is_another_readable_clip(monkeypatch):
+    config, index, decoder = drawn(monkeypatch, 10, unreadable=[2, 7])
+    found = read(config, index, steps=5, seed=0)  # two epochs
+    decoder.unreadable.clear()
+    whole = read(config, index, steps=5, seed=0)
+    changed = [i for i, number in enumerate(ClipSampler(10, 0).clip_indices(0, 20)) if number in (2, 7)]
+    differ = (found != whole).flatten(0, 1).any(dim=1)
+    assert differ.nonzero().flatten().tolist() == changed
+    usable = {tuple(ids) for i, ids in enumerate(whole.flatten(0, 1).tolist()) if i not in changed}
+    assert all(tuple(found.flatten(0, 1)[i].tolist()) in usable for i in changed)
+
+
+def test_an_unreadable_clip_is_tried_once(monkeypatch):
+    config, index, decoder = drawn(monkeypatch, 4, unreadable=[1])
+    read(config, index, steps=10)
+    # Two threads may come to it at the same time.
+    assert 1 <= [clip.first_frame for clip in decoder.decoded].count(1) <= config.data.num_workers
+
+
+def test_consumed_samples_counts_all_replicas(folder):
+    config = small_config(folder)
+    with open_loader(config, index_clips(config.data), rank=1, size=2, consumed=40) as loader:
+        assert loader.consumed_samples == 40
+        assert loader.next().shape == (2, 12)
+        assert loader.consumed_samples == 44
+
+
+def test_reads_ahead(monkeypatch):
+    config, index, decoder = drawn(monkeypatch, 100)
+    config.data.prefetch_steps = 3
+    with open_loader(config, index) as loader:
+        deadline = time.monotonic() + 20
+        while len(decoder.decoded) < 12 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(decoder.decoded) == 12  # and not more, whatever time there is
+        loader.next()
+
+
+def test_clips_are_read_concurrently(monkeypatch):
+    config, index, _ = drawn(monkeypatch, 100, delay=0.1)
+    config.data.num_workers, config.data.prefetch_steps = 8, 1
+    start = time.monotonic()
+    read(config, index, steps=4)
+    assert time.monotonic() - start < 0.1 * 16
+
+
+def test_bad_files_are_named_once(folder, caplog):
+    config = small_config(folder)
+    index = index_clips(config.data)
+    index.skipped.append(SkippedFile("short.mp4", "has 8 frames, a clip needs 9"))
+    clips = Clips([*zip(index.clips._paths, (4, 1, 7), strict=True), (str(folder / "gone.mp4"), 5)], config.data)
+    with caplog.at_level(logging.WARNING), open_loader(config, ClipIndex(clips, index.skipped)) as loader:
+        first = loader.drain_skipped()
+        assert SkippedFile("short.mp4", "has 8 frames, a clip needs 9") in first
+        for _ in range(10):
+            loader.next()
+        drained = first + loader.drain_skipped()
+        assert loader.drain_skipped() == []
+        assert [file.path for file in drained] == ["short.mp4", str(folder / "gone.mp4")]
+        assert loader.skipped == drained
+    assert caplog.text.count("short.mp4") == caplog.text.count("gone.mp4") == 1
+
+
+def test_only_the_first_replica_names_what_all_have_found(folder, caplog):
+    config = small_config(folder)
+    index = ClipIndex(index_clips(config.data).clips, [SkippedFile("short.mp4", "has 8 frames, a clip needs 9")])
+    with open_loader(config, index, rank=1, size=2):
+        pass
+    assert "short.mp4" not in caplog.text
+
+
+def test_all_files_vanish(tmp_path):
+    paths = [write_test_clip(tmp_path / f"{number}.mp4", 200, 32, 48) for number in range(2)]
+    config = small_config(tmp_path, prefetch_steps=1)
+    with open_loader(config, index_clips(config.data)) as loader:
+        loader.next()
+        for path in paths:
+            path.unlink()
+        start = time.monotonic()
+        with pytest.raises(
+            ValueError, match=r"no clip can be read any more: all 384 have failed.*\.mp4 \(cannot be op"
+        ):
+            for _ in range(20):
+                loader.next()
+        assert time.monotonic() - start < 20
+
+
+def test_an_error_in_a_thread_reaches_the_caller(monkeypatch):
+    config, index, _ = drawn(monkeypatch, 10)
+    tokenizer = build_tokenizer(config, CPU)
+    monkeypatch.setattr(tokenizer, "encode", lambda video: 1 / 0)
+    with open_loader(config, index, tokenizer=tokenizer) as loader:
+        for _ in range(3):  # each time, not only the first
+            with pytest.raises(ZeroDivisionError):
+                loader.next()
+
+
+def test_close_drops_what_waits(monkeypatch):
+    config, index, decoder = drawn(monkeypatch, 100, delay=0.05)
+    config.data.prefetch_steps = 50
+    start = time.monotonic()
+    loader = open_loader(config, index)
+    assert loader_threads()
+    loader.close()
+    loader.close()
+    assert loader_threads() == []
+    assert time.monotonic() - start < 0.05 * 200 / config.data.num_workers / 2
+    assert len(decoder.decoded) < 50
+
+
+def test_two_ranks_of_a_replica_get_the_same_ids(folder, tmp_path):
+    run_ranks("tests.data.loader_worker", 2, folder, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["ids"] == second["ids"]
+    config = small_config(folder)
+    assert first["ids"] == read(config, index_clips(config.data), steps=5, consumed=8).tolist()
+    assert first["threads"] and not second["threads"]  # frames are read on one rank only
+    assert first["consumed_samples"] == second["consumed_samples"] == 28
+    assert first["error"] == "AttributeError"
+    assert second["error"] is not None  # it does not wait for ever for the rank that failed
