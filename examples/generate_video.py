@@ -5,6 +5,7 @@ torchrun --nproc-per-node N examples/generate_video.py ...      # the model spli
 """
 
 from cosmos_mcore.inference.main import main
+from cosmos_mcore.parallel.command_line import run_command
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -146,5 +146,5 @@ def _listing(kind: str, names: list[str]) -> str:
 
 
 def _nearest(name: str, candidates: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, candidates, n=1)
+    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.85)
     return f" (nearest: {near[0]})" if near else ""

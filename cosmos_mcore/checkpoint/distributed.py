@@ -167,7 +167,8 @@ def _one_line(path: Path) -> Iterator[None]:
         detail = f"{type(error).__name__}: {first[0][:300]}" if first else type(error).__name__
         logger.debug("loading %s failed", path, exc_info=True)
         raise ValueError(
-            f"checkpoint {path} cannot be loaded into this model with megatron-core {megatron.core.__version__}: {detail}"
+            f"checkpoint {path} cannot be loaded into this model with megatron-core {megatron.core.__version__}: "
+            f"{detail}"
         ) from error
 
 

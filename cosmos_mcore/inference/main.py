@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from cosmos_mcore.checkpoint.pointer import is_distributed, latest_checkpoint
 from cosmos_mcore.config import RunConfig, load_config, run_dir
-from cosmos_mcore.parallel.command_line import configure_logging, run_command
+from cosmos_mcore.parallel.command_line import configure_logging
 from cosmos_mcore.parallel.launch import is_rank_zero, world_size
 
 if TYPE_CHECKING:
     from cosmos_mcore.inference.pipeline import VideoPipeline
 
 logger = logging.getLogger(__name__)
-
-
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Generates as the command line says; exits with 2 and one line on standard error for a user's mistake."""
-    run_command(_run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,8 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
+def main(arguments: list[str]) -> int:
+    """Generates as the command line says.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: for a user's mistake.
+    """
+    args = _parser().parse_args(arguments)
     config = _load_run_config(args.config, args.checkpoint)
     configure_logging()
     # Only now torch, after the mistakes that can be found without it.
@@ -101,18 +104,16 @@ def _load_run_config(path: str | None, checkpoint: str | None) -> RunConfig:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The distributed checkpoint that a user means.
+    """The checkpoint that a user means.
 
     Args:
-        path: a checkpoint, or the folder of a run or of its checkpoints, which stands for the newest one.
+        path: a checkpoint of any layout, or the folder of a run or of its checkpoints, which stands for the newest one.
 
     Raises:
         ValueError: if there is none.
     """
-    from cosmos_mcore.checkpoint.distributed import is_distributed, latest_checkpoint
-
     path = Path(path)
-    if is_distributed(path):
+    if is_distributed(path) or path.is_file():
         return path
     newest = latest_checkpoint(path) or latest_checkpoint(path / "checkpoints")
     if newest is None:
@@ -125,12 +126,12 @@ def load_pipeline(config: RunConfig, checkpoint: Path) -> VideoPipeline:
 
     Args:
         config: the run's.
-        checkpoint: in the distributed format.
+        checkpoint: of any layout.
 
     Raises:
         ValueError: if the model cannot be cut over the processes, or the checkpoint is of another model.
     """
-    from cosmos_mcore.checkpoint.distributed import load_weights
+    from cosmos_mcore.checkpoint.load import load_any_weights
     from cosmos_mcore.config import derive_video_layout
     from cosmos_mcore.inference.pipeline import VideoPipeline
     from cosmos_mcore.model.builder import build_model
@@ -144,6 +145,8 @@ def load_pipeline(config: RunConfig, checkpoint: Path) -> VideoPipeline:
         tensor_model_parallel_size=world_size(),
         sequence_parallel=False,
         pipeline_model_parallel_size=1,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
         virtual_pipeline_model_parallel_size=None,
         context_parallel_size=1,
     )
@@ -161,5 +164,5 @@ def load_pipeline(config: RunConfig, checkpoint: Path) -> VideoPipeline:
     device = initialize(parallel, config.training.seed)
     chunks = build_model(config, arch, layout, device)
     logger.info("loading weights from %s", checkpoint)
-    load_weights(checkpoint, chunks)
+    load_any_weights(checkpoint, arch, chunks)
     return VideoPipeline(chunks[0].eval(), build_tokenizer(config, device), layout)

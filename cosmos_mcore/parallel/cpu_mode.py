@@ -1,10 +1,10 @@
 """CPU mode: runs Megatron-Core, which names CUDA devices in many places, on CPUs and gloo.
 
-Switched on by ``initialize`` only where CUDA is absent; nothing else in the package asks which device it is on. It has two
-parts, because Megatron-Core reaches for CUDA in two ways and no setting of its own avoids either:
+Switched on by ``initialize`` only where CUDA is absent; nothing else in the package asks which device it is on. It has
+two parts, because Megatron-Core reaches for CUDA in two ways and no setting of its own avoids either:
 
-* functions of ``torch.cuda`` that are called for a value or a side effect (``current_device``, streams, events, the random
-  state) get their meaning on a CPU;
+* functions of ``torch.cuda`` that are called for a value or a side effect (``current_device``, streams, events, the
+  random state) get their meaning on a CPU;
 * literal devices (``device="cuda"``, ``.cuda()``, the type string ``torch.cuda.FloatTensor``) are rewritten by a
   ``TorchFunctionMode``, PyTorch's public way to see every call. PyTorch switches it off within a backward pass.
 """

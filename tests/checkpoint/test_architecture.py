@@ -88,8 +88,8 @@ def test_differences_are_listed_with_the_nearest_names():
     with pytest.raises(ValueError) as error:
         check_tensors(found, expected, "X")
     assert str(error.value) == (
-        "X: 5 missing: layers.0.ffn_norm.weight, layers.1.attention.wq.weight (nearest: layers.1.attention.w_q.weight), "
-        "layers.1.ffn_norm.weight and 2 more; "
+        "X: 5 missing: layers.0.ffn_norm.weight, "
+        "layers.1.attention.wq.weight (nearest: layers.1.attention.w_q.weight), layers.1.ffn_norm.weight and 2 more; "
         "1 unexpected: layers.1.attention.w_q.weight (nearest: layers.1.attention.wq.weight); "
         "1 misshapen: norm.weight is [7], not [256]"
     )

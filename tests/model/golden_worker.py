@@ -40,8 +40,10 @@ def train(name, micro_batch_size, sequence_parallel, distributed_optimizer):
     config.optimizer.adam_beta1, config.optimizer.adam_beta2 = settings["betas"]
     config.optimizer.weight_decay, config.optimizer.clip_grad = settings["weight_decay"], settings["clip"]
 
+    text = case["context"]
     with torch.no_grad():
-        logits = gather_from_tensor_model_parallel_region(chunks[0](case["tokens"])).transpose(0, 1)
+        parts = chunks[0](case["tokens"], context=None if text is None else text.transpose(0, 1))
+        logits = gather_from_tensor_model_parallel_region(parts).transpose(0, 1)
     model = wrap_for_data_parallel(config, chunks)
     optimizer = build_optimizer(config, model)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
@@ -57,7 +59,7 @@ def train(name, micro_batch_size, sequence_parallel, distributed_optimizer):
 
     optimizer.step = recording_step
     positions = LossPositions(layout, arch, config.model.z_loss_coeff, torch.device("cpu"))
-    steps = [train_step(model, optimizer, positions, case["tokens"], micro_batch_size) for _ in case["losses"]]
+    steps = [train_step(model, optimizer, positions, case["tokens"], micro_batch_size, text) for _ in case["losses"]]
     return {
         "logits": logits,
         "gradients": first_gradients,
@@ -76,9 +78,11 @@ def main():
         "base, two micro-batches": train("base", 1, False, False),
         "base, distributed optimizer": train("base", 2, False, True),
         "yarn": train("yarn", 2, False, True),
+        "video2world": train("video2world", 1, False, True),
     }
     if world_size > 1:
         results["base, sequence parallel"] = train("base", 1, True, True)
+        results["video2world, sequence parallel"] = train("video2world", 2, True, True)
     torch.save(results, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
     shut_down()
 

@@ -9,10 +9,13 @@ VARIANTS = [
     (1, "base, two micro-batches"),
     (1, "base, distributed optimizer"),
     (1, "yarn"),
+    (1, "video2world"),
     (2, "base, two micro-batches"),
     (2, "base, distributed optimizer"),
     (2, "base, sequence parallel"),
     (2, "yarn"),
+    (2, "video2world"),
+    (2, "video2world, sequence parallel"),
 ]
 
 
@@ -72,4 +75,4 @@ def test_five_optimizer_steps(ranks, case):
     for rank in ranks:
         totals = [ce + z for ce, z in zip(rank["ce"], rank["z"], strict=True)]
         assert totals == pytest.approx(case["losses"], rel=1e-4)
-    assert totals[-1] < 0.7 * totals[0]
+    assert totals[-1] < 0.75 * totals[0]

@@ -1,7 +1,7 @@
 """What one rank of ``test_layouts.py`` runs: ``python -m tests.parallel.layout_worker FOLDER JOB...``.
 
-A job is the name of a layout, which trains from new weights and saves, or ``SAVED>NAME``: the layout NAME continues from
-the checkpoint of the layout SAVED. One start of the processes does all jobs, since starting costs more than a job.
+A job is the name of a layout, which trains from new weights and saves, or ``SAVED>NAME``: the layout NAME continues
+from the checkpoint of the layout SAVED. One start of the processes does all jobs, since starting costs more than a job.
 """
 
 import json

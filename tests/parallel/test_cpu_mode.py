@@ -21,8 +21,8 @@ def devices():
         x.to(device=0),
     ):
         assert moved.device.type == "cpu"
+    assert x.to("cuda:0", torch.float64).dtype == torch.float64
     assert torch.empty(1, device=torch.cuda.current_device()).device.type == "cpu"
-    assert x.to("cuda", torch.float64).dtype == torch.float64
     assert x.type() == "torch.cuda.FloatTensor" and x.bfloat16().type() == "torch.cuda.BFloat16Tensor"
     assert x.type(torch.float64).dtype == torch.float64
     assert torch.tensor(True).device.type == "cpu" and torch.ones(3, dtype=torch.int64).sum(0).item() == 3

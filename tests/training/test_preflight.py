@@ -81,11 +81,8 @@ def test_output_folder_that_is_read_only(config, tmp_path, monkeypatch):
 
 def test_derived_numbers_follow_the_config(config):
     def row(name):
-        return (
-            next(line for line in derived_numbers(config, 4).splitlines() if line.startswith(name))
-            .split("  ")[-1]
-            .strip()
-        )
+        (line,) = (line for line in derived_numbers(config, 4).splitlines() if line.startswith(name))
+        return line.split("  ")[-1].strip()
 
     assert row("processes") == "4 = TP 2 x PP 1 x CP 1 x DP 2"
     assert row("micro-batches") == "1 of 2 clips"
