@@ -96,7 +96,7 @@ class PrecisionConfig:
     """``bf16``: bf16 compute with float32 master weights and gradients; ``fp32``: everything in float32."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
-    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None  # recipe of the matrix products; GPUs only
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None  # recipe of matrix products; GPUs only
 
 
 @dataclass

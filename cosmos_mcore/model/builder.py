@@ -77,8 +77,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         autocast_dtype=dtype if dtype is not torch.float32 else None,
-        # Weights are set after construction, equally in every layout (checkpoint/load.py). Initialisation itself must stay
-        # on: it also marks the parameters as tensor-parallel, which clipping and loading go by.
+        # Weights are set after construction, equally in every layout (checkpoint/load.py). Initialisation itself must
+        # stay on: it also marks the parameters as tensor-parallel, which clipping and loading go by.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -123,7 +123,7 @@ def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device:
             import transformer_engine.pytorch  # noqa: F401
         except ImportError as error:
             raise ValueError(
-                f"Transformer Engine cannot be imported ({error}); install the gpu extra or use an NGC PyTorch container"
+                f"Transformer Engine cannot be imported ({error}); install the gpu extra or use an NGC container"
             ) from None
     dtype = DTYPES[config.precision.dtype]
     if config.precision.fp8 is not None and device.type == "cpu":

@@ -92,8 +92,8 @@ class CosmosARModel(LanguageModule):
         """Runs this stage.
 
         Args:
-            tokens: [B, S] int64. In training S is the padded length (under context parallelism: this rank's slice of it,
-                in zig-zag order). With a KV cache: only the new tokens.
+            tokens: [B, S] int64. In training S is the padded length (under context parallelism: this rank's slice of
+                it, in zig-zag order). With a KV cache: only the new tokens.
             labels: [B, S] int64, the next token of every position; None: return logits.
             context: text embeddings [text length, B, context size] of a text-to-video model, on every stage.
             inference_context: Megatron's KV cache, or None.

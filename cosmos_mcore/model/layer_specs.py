@@ -1,4 +1,4 @@
-"""Layer specs of the model from Megatron-Core's parts: Transformer Engine on GPUs, local modules with torch SDPA on CPUs."""
+"""Layer specs of the model from Megatron-Core's parts: Transformer Engine on GPUs, local modules on CPUs."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class TorchAttention(MegatronModule):
     """Core attention through torch's ``scaled_dot_product_attention``: any device, GQA without copies of K and V.
 
-    Under context parallelism K and V of all ranks are gathered; each rank holds two slices of the sequence in Megatron's
-    zig-zag order (``zigzag_positions``).
+    Under context parallelism K and V of all ranks are gathered; each rank holds two slices of the sequence in
+    Megatron's zig-zag order (``zigzag_positions``).
     """
 
     def __init__(

@@ -12,7 +12,7 @@ _CHUNK_ELEMENTS = 2**25  # logits turned into float32 at a time: 128 MiB
 
 
 class TokenLosses(NamedTuple):
-    """Per token, float32, [B, S] each: cross entropy (0 is meant to be masked by the caller) and log-sum-exp of the logits."""
+    """Per token, float32, [B, S] each: cross entropy, not masked, and log-sum-exp of the logits."""
 
     cross_entropy: Tensor
     log_sum_exp: Tensor
@@ -41,7 +41,7 @@ class _VocabParallelLosses(torch.autograd.Function):
         return log_sum_exp - target, log_sum_exp
 
     @staticmethod
-    def backward(ctx: Any, grad_ce: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_ce: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None]:
         logits, local, owned, log_sum_exp = ctx.saved_tensors
         grad = torch.empty_like(logits)
         scale = (grad_ce + grad_lse)[:, None]

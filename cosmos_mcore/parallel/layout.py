@@ -66,8 +66,8 @@ def pipeline_split(parallel: ParallelConfig, num_layers: int) -> PipelineSplit:
     sizes = range(parallel.pipeline_model_parallel_size - 1, 0, -1)
     near = next(n for n in sizes if any((num_layers + more) % n == 0 for more in (0, 1, 2)))
     raise ValueError(
-        f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} with {stages} stages in all does "
-        f"not suit {num_layers} layers, with or without embedding and head; try pipeline_model_parallel_size={near} "
+        f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} with {stages} stages in all "
+        f"does not suit {num_layers} layers, with or without embedding and head; try pipeline_model_parallel_size={near} "
         "without virtual stages, or set num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage"
     )
 
@@ -80,8 +80,8 @@ def _check_given_stages(parallel: ParallelConfig, num_layers: int) -> None:
     fits = rest == 0 if middle == 0 else rest > 0 and rest % (middle * virtual) == 0
     if parallel.pipeline_model_parallel_size == 1 or not fits or (first or 0) % virtual or (last or 0) % virtual:
         raise ValueError(
-            f"parallel.num_layers_in_first_pipeline_stage={first} and num_layers_in_last_pipeline_stage={last} leave {rest} "
-            f"of {num_layers} layers for {middle} other stages; change them so that the rest divides evenly"
+            f"parallel.num_layers_in_first_pipeline_stage={first} and num_layers_in_last_pipeline_stage={last} leave "
+            f"{rest} of {num_layers} layers for {middle} other stages; change them so that the rest divides evenly"
         )
 
 
@@ -132,8 +132,8 @@ def _check_virtual_stages(config: RunConfig, num_layers: int) -> None:
         )
     if virtual * stages > num_layers:
         raise ValueError(
-            f"parallel.virtual_pipeline_model_parallel_size={virtual} x pipeline_model_parallel_size={stages} is more than "
-            f"the model's {num_layers} layers; try virtual_pipeline_model_parallel_size={num_layers // stages}"
+            f"parallel.virtual_pipeline_model_parallel_size={virtual} x pipeline_model_parallel_size={stages} is more "
+            f"than the model's {num_layers} layers; try virtual_pipeline_model_parallel_size={num_layers // stages}"
         )
 
 
@@ -147,6 +147,7 @@ def check_num_microbatches(config: RunConfig, microbatches: int) -> None:
     stages = parallel.pipeline_model_parallel_size
     if parallel.virtual_pipeline_model_parallel_size is not None and microbatches % stages:
         raise ValueError(
-            f"an interleaved pipeline needs micro-batches in multiples of pipeline_model_parallel_size={stages}, and there "
-            f"are {microbatches} per step; raise training.global_batch_size or set virtual_pipeline_model_parallel_size=null"
+            f"an interleaved pipeline needs micro-batches in multiples of pipeline_model_parallel_size={stages}, and "
+            f"there are {microbatches} per step; raise training.global_batch_size or set "
+            "virtual_pipeline_model_parallel_size=null"
         )

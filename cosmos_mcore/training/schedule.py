@@ -22,7 +22,7 @@ def warmup_cosine(iteration: int, lr: float, warmup_iters: int, decay_iters: int
 def linear_factor(
     iteration: int, warmup_iters: int, max_iters: int | None = None, cooldown_iters: int | None = None
 ) -> float:
-    """Linear from 0 to 1 over ``warmup_iters``, then 1; with a cool-down linear to 0 over the last ``cooldown_iters``."""
+    """Linear from 0 to 1 over ``warmup_iters``, then 1; with a cool-down linear to 0 over its length at the end."""
     if iteration < warmup_iters:
         return iteration / warmup_iters
     if cooldown_iters is None:

@@ -1,4 +1,6 @@
-"""Trains one model for a few steps in several layouts of the same processes, on synthetic clips; prints one JSON line each.
+"""Trains one model for a few steps in several layouts of the same processes, on synthetic clips.
+
+Prints one JSON line per layout.
 
 torchrun --nproc-per-node N tests/gpu/layout_worker.py '{"arch": {...}, "frames": 33, ..., "layouts": {"tp2": {...}}}'
 """

@@ -33,8 +33,8 @@ def metrics(report: StepReport) -> dict[str, float]:
 class MetricsFile(Callback):
     """Appends one JSON object per report to ``metrics.jsonl``.
 
-    A resumed run first drops what an interrupted one wrote after its last checkpoint, so the file is one curve. The first
-    object after a resume has ``resumed from``; an object that comes with newly skipped files lists them.
+    A resumed run first drops what an interrupted one wrote after its last checkpoint, so the file is one curve. The
+    first object after a resume has ``resumed from``; an object that comes with newly skipped files lists them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,7 +104,8 @@ class WandB(Callback):
             import wandb
         except ImportError:
             raise ValueError(
-                "logging.wandb_project is set but wandb is not installed: pip install 'cosmos_mcore[wandb]', or set it to null"
+                "logging.wandb_project is set but wandb is not installed: pip install 'cosmos_mcore[wandb]', or set it "
+                "to null"
             ) from None
         self.run = wandb.init(project=project, name=name, id=name, resume="allow", config=config)
 
