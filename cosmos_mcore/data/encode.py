@@ -58,7 +58,8 @@ def encode_mp4(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps: 
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": str(crf)}
+        # Without the threads of x264's look-ahead the same frames always give the same file.
+        stream.options = {"crf": str(crf), "x264-params": "rc-lookahead=0:sync-lookahead=0"}
         for frame in _same_shape(first, frames, path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

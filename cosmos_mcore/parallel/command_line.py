@@ -55,6 +55,8 @@ def configure_logging() -> None:
     ours.handlers = [handler]
     ours.propagate = False
     ours.setLevel(logging.INFO if is_rank_zero() else logging.WARNING)
+    # Where there are CUDA tools but no GPU, torch says so on standard error, in every process.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Megatron and torch warn, in every process, about each optional package that is missing and about their own future;
     # in CPU mode the warnings of torch functions come from the frame that stands between.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|cosmos_mcore\.parallel\.cpu_mode)\b.*")

@@ -89,6 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             self._info(f"{match[1]}/{match[2]}")
+        elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/\w+", path):
+            files = hub.files.get(f"{match[1]}/{match[2]}", {})
+            entry = lambda name: {"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT}  # noqa: E731
+            self._json(200, [entry(name) for name in files])
         elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(f"{'datasets' if match[1] else 'models'}/{match[2]}", match[4])
         elif match := re.fullmatch(r"/store/(\w+)", path):

@@ -45,7 +45,6 @@ def test_convert_and_verify_in_place(tmp_path):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("shard_autoregressive_base_checkpoints.py", ("-c", "{m}", "-t", 3), "--tensor_parallel_size 3 does not suit"),
         ("shard_autoregressive_base_checkpoints.py", ("-c", "{m}", "-t", 2, "-s", "4b"), "is not a 4b model"),
         ("merge_autoregressive_tp_checkpoints.py", ("-c", "{m}", "-o", "x.pt", "-t", 2), "model_model_mp_0.pt"),
         ("convert_checkpoint.py", ("--input", "{m}", "--output", "{m}", "--to", "monolithic"), "exists already"),
