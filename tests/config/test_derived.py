@@ -139,3 +139,16 @@ def test_run_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_dir(config) == Path("checkpoints/posttraining/autoregressive_base/n")
     monkeypatch.setenv("OUTPUT_ROOT", "/out")
     assert run_dir(config) == Path("/out/posttraining/autoregressive_base/n")
+
+
+def test_padding_for_fp8_and_context_parallelism() -> None:
+    config = RunConfig()  # 33 x 640 x 848: 10,600 tokens
+    assert derive_video_layout(config).padded_sequence_length == 10600
+    config.precision.fp8 = "delayed"
+    assert derive_video_layout(config).padded_sequence_length == 10624
+    config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel = 4, True
+    assert derive_video_layout(config).padded_sequence_length == 10624
+    config.parallel.context_parallel_size = 2
+    assert derive_video_layout(config).padded_sequence_length % (2 * 2 * 4 * 32) == 0
+    config.precision.fp8 = None
+    assert derive_video_layout(config).padded_sequence_length == 10608

@@ -181,7 +181,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 FREE = {
     key: kind
     for key, kind in leaf_kinds(RunConfig).items()
-    if key.partition(".")[0] in ("job", "optimizer", "checkpoint", "logging", "precision") or key == "data.path"
+    if key.partition(".")[0] in ("job", "optimizer", "checkpoint", "logging") or key in ("data.path", "precision.dtype")
 }
 
 

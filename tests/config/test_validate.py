@@ -66,3 +66,16 @@ def test_resolution() -> None:
 def test_config_imports_no_torch() -> None:
     code = "import sys, cosmos_mcore.config, cosmos_mcore.model.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_fp8_and_recompute_need_their_partners() -> None:
+    config = RunConfig()
+    config.precision.fp8, config.precision.dtype = "delayed", "fp32"
+    with pytest.raises(ValueError, match="precision.fp8=delayed needs precision.dtype=bf16"):
+        validate(config)
+    config.precision.dtype = "bf16"
+    config.parallel.recompute_num_layers = 2
+    with pytest.raises(ValueError, match="recompute_num_layers needs parallel.recompute_granularity=full"):
+        validate(config)
+    config.parallel.recompute_granularity = "full"
+    validate(config)

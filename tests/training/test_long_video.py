@@ -20,9 +20,7 @@ def test_five_chunks_with_context_parallelism(small_yaml, command, tmp_path):
     ]
     curves = []
     for name, context in (("one", 1), ("two", 2)):
-        run = command(
-            small_yaml, *overrides, f"parallel.context_parallel_size={context}", output_root=tmp_path / name
-        )
+        run = command(small_yaml, *overrides, f"parallel.context_parallel_size={context}", output_root=tmp_path / name)
         code, stdout, stderr = run.finish()
         assert code == 0, stderr
         assert "latent shape (T, H, W)             (25, 2, 3)" in stdout
