@@ -35,26 +35,27 @@ def new_files(paths: Sequence[Path], force: bool, stale: Sequence[Path] = ()) ->
         stale: existing files that the new ones make obsolete: removed with them (and only with ``force``).
 
     Raises:
-        ValueError: if an output exists already and ``force`` is not given.
+        ValueError: if an output exists already and ``force`` is not given, or cannot be written.
     """
     refuse_existing((*paths, *stale), force)
     temporary = [_temporary(path) for path in paths]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        for path in temporary:
-            flush(path)
-        for path, final in zip(temporary, paths, strict=True):
-            os.replace(path, final)
-        for path in stale:
-            if path not in paths:
+    with _one_line(paths[0]):
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            for path in temporary:
+                flush(path)
+            for path, final in zip(temporary, paths, strict=True):
+                os.replace(path, final)
+            for path in stale:
+                if path not in paths:
+                    path.unlink(missing_ok=True)
+            for folder in {path.parent for path in paths}:
+                flush(folder)
+        finally:
+            for path in temporary:
                 path.unlink(missing_ok=True)
-        for folder in {path.parent for path in paths}:
-            flush(folder)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -62,28 +63,37 @@ def new_folder(path: Path, force: bool) -> Iterator[Path]:
     """Gives a folder to write to; moves it to ``path`` when it is complete and on disk.
 
     Raises:
-        ValueError: if ``path`` exists already and ``force`` is not given.
+        ValueError: if ``path`` exists already and ``force`` is not given, or it cannot be written.
     """
     refuse_existing([path], force)
     temporary, old = _temporary(path), path.with_name(path.name + ".replaced")
-    remove(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in (*temporary.iterdir(), temporary):
-            flush(file)
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        flush(path.parent)
-        remove(old)
-    finally:
+    with _one_line(path):
         remove(temporary)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in (*temporary.iterdir(), temporary):
+                flush(file)
+            if path.exists():
+                os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+            flush(path.parent)
+            remove(old)
+        finally:
+            remove(temporary)
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def remove(path: Path) -> None:

@@ -136,6 +136,7 @@ class TorchFileWriter:
                 self._record("version", b"3\n")
                 self._archive.close()
         finally:
+            self._archive.fp = None  # or it would try to finish the file once more
             self._file.close()
 
     def _record(self, name: str, data: Any) -> None:

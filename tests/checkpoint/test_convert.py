@@ -112,6 +112,17 @@ def test_oversized_shards_made_of_views_are_read(tmp_path, model, size):
     assert (tmp_path / "small_model_mp_0.pt").stat().st_size < whole / size + norms + 100_000
 
 
+def test_gate_and_up_are_joined_per_shard_in_te_files(tmp_path, model):
+    path, weights = model
+    convert(path, tmp_path / "te.pt", "te", tensor_parallel_size=2)
+    for rank in range(2):
+        content = torch.load(tmp_path / f"te_model_mp_{rank}.pt", weights_only=True)
+        gate, up = (weights[f"layers.1.feed_forward.{name}.weight"].chunk(2)[rank] for name in ("w1", "w3"))
+        assert torch.equal(content["model.layers.1.layernorm_mlp.fc1_weight"], torch.cat([gate, up]))
+        key = weights["layers.1.attention.wk.weight"].chunk(2)[rank]
+        assert torch.equal(content["model.layers.1.self_attention.layernorm_qkv.key_weight"], key)
+
+
 @pytest.mark.parametrize("form", ["prefixed", "plain", "nested"])
 def test_forms_of_model_pt(tmp_path, model, form):
     path, weights = model
@@ -292,6 +303,13 @@ def test_impossible_requests(tmp_path, model, to, sizes, message):
     with pytest.raises(ValueError, match=message):
         convert(model[0], tmp_path / "out.pt", to, **sizes)
     assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_cannot_be_written(tmp_path, model):
+    (tmp_path / "file").write_text("")
+    for output, to in ((tmp_path / "file" / "x.pt", "mp"), (tmp_path / "file" / "x", "distributed")):
+        with pytest.raises(ValueError, match="x(_model_mp_0.pt)? cannot be written: Not a directory"):
+            convert(model[0], output, to)
 
 
 @pytest.mark.parametrize("to", LAYOUTS[:-1])

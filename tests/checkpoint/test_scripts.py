@@ -29,6 +29,17 @@ def test_shard_and_merge_with_the_original_flags(tmp_path):
     assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_damaged_tensor_is_one_line(tmp_path):
+    model = save_model(tmp_path / "model.pt", random_weights(reduced("4b")))
+    data = bytearray(model.read_bytes())
+    data[len(data) // 2] ^= 1
+    model.write_bytes(data)
+    code, _, errors = run("convert_checkpoint.py", "--input", model, "--output", tmp_path / "x.pt", "--to", "te")
+    assert code == 2
+    assert "does not match its checksum" in errors and len(errors.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
 def test_convert_and_verify_in_place(tmp_path):
     # The shards lie beside model.pt, so verifying must not take model.pt itself for the output.
     model = save_model(tmp_path / "model.pt", random_weights(reduced("4b")))
