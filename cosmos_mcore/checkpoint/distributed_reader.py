@@ -32,6 +32,7 @@ METADATA, COMMON = ".metadata", "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"  # where newer versions of Megatron keep what is in common.pt
 STATE_PREFIX = {WEIGHT: "", EXP_AVG: "optimizer.state.exp_avg.", EXP_AVG_SQ: "optimizer.state.exp_avg_sq."}
 _OPTIMIZER = "optimizer."
+_NEMO_PREFIX = "module."  # the NeMo port's weights have Megatron's names too, but for this
 _DCP = "torch.distributed.checkpoint."
 _ALLOWED = {
     _DCP + "filesystem": {"_StorageInfo"},
@@ -102,6 +103,8 @@ class DistributedCheckpoint(Checkpoint):
             if isinstance(entry, TensorStorageMetadata) and "_extra_state" not in name
         }
         sizes = {name: tuple(entry.size) for name, entry in self._tensors.items() if not name.startswith(_OPTIMIZER)}
+        self._prefix = _NEMO_PREFIX if all(name.startswith(_NEMO_PREFIX) for name in sizes) else ""
+        sizes = {name.removeprefix(self._prefix): size for name, size in sizes.items()}
         detected = _arch_of_sizes(sizes, str(path))
         self.arch = arch_of_size(model_size, original_shapes(detected), str(path))
         check_tensors(sizes, stacked_sizes(self.arch), str(path))
@@ -112,7 +115,7 @@ class DistributedCheckpoint(Checkpoint):
 
     def dtype(self, name: str, state: str = WEIGHT) -> torch.dtype:
         """See ``Checkpoint``."""
-        return self._tensors[STATE_PREFIX[state] + stacked_name(self._entries[name].ours)[0]].properties.dtype
+        return self._tensors[self._key(stacked_name(self._entries[name].ours)[0], state)].properties.dtype
 
     def read(self, name: str, state: str = WEIGHT) -> Tensor:
         """See ``Checkpoint``."""
@@ -127,7 +130,7 @@ class DistributedCheckpoint(Checkpoint):
 
     def _read_ours(self, ours: str, state: str) -> Tensor:
         name, layer = stacked_name(ours)
-        key = STATE_PREFIX[state] + name
+        key = self._key(name, state)
         stored = self._tensors[key]
         wanted = [slice(0, size) for size in stored.size]
         if layer is not None:
@@ -152,6 +155,9 @@ class DistributedCheckpoint(Checkpoint):
         if full is None or filled != full.numel():
             raise ValueError(f"{self.path}: chunks of {key} are missing; copy the folder again")
         return full if layer is None else full[0]
+
+    def _key(self, name: str, state: str) -> str:
+        return STATE_PREFIX[state] + self._prefix + name
 
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         data, where = self._read_bytes(MetadataIndex(key, chunk.offsets))

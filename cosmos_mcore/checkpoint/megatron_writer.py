@@ -1,8 +1,9 @@
-"""Keeps Megatron-Core 0.16's synchronous saves in the calling process, and 0.19's from warning.
+"""Keeps Megatron-Core's synchronous saves in the calling process.
 
-Version 0.16 writes each file of a synchronous save in a process forked from the training process. Its threads (clips
-being decoded, TensorBoard) may hold locks at that moment, which the fork never releases, and the save hangs. Version
-0.19 writes in threads, but warns at every save, synchronous ones too, that its asynchronous saves will go.
+Both versions start a process that manages a queue, for asynchronous saves; it would outlive a rank that is killed, and
+nothing may be left behind. Version 0.16 moreover writes each file in a process forked from the training process, whose
+threads (clips being decoded, TensorBoard) may hold locks at that moment; the fork never releases them, and the save
+hangs. Version 0.19 writes in threads, but warns at every save that its asynchronous saves will go.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -20,15 +21,16 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 @contextmanager
 def writing_in_this_process() -> Iterator[None]:
-    """Within it, a synchronous ``dist_checkpointing.save`` forks nothing and does not warn."""
+    """Within it, a synchronous ``dist_checkpointing.save`` starts no process and does not warn."""
     logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
-    if not hasattr(FileSystemWriterAsync, "write_preloaded_data_multiproc"):
-        yield
-        return
-    with (
-        mock.patch.object(FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(_write_all)),
-        mock.patch.object(filesystem_async, "_get_write_results_queue", queue.Queue),
-    ):
+    make_queue = next(
+        n for n in ("get_write_results_queue", "_get_write_results_queue") if hasattr(filesystem_async, n)
+    )
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(filesystem_async, make_queue, queue.Queue))
+        if hasattr(FileSystemWriterAsync, "write_preloaded_data_multiproc"):
+            in_process = staticmethod(_write_all)
+            stack.enter_context(mock.patch.object(FileSystemWriterAsync, "write_preloaded_data_multiproc", in_process))
         yield
 
 

@@ -17,6 +17,8 @@ from cosmos_mcore.checkpoint.training_folder import (
     open_tensor_parallel,
 )
 
+_NEMO_WEIGHTS = "weights"  # the folder in a checkpoint of the NeMo port
+
 
 def open_checkpoint(path: Path, model_size: str = "auto") -> Checkpoint:
     """Opens a checkpoint of any layout, recognised by its content. No tensor is read yet.
@@ -57,6 +59,8 @@ def _is_trainer(path: Path) -> bool:
 def _open_folder(path: Path, model_size: str) -> Checkpoint:
     if (path / METADATA).is_file() or (path / "metadata.json").is_file():
         return DistributedCheckpoint(path, model_size)
+    if (path / _NEMO_WEIGHTS / METADATA).is_file():
+        return DistributedCheckpoint(path / _NEMO_WEIGHTS, model_size)
     if (path / INDEX).is_file() or any(path.glob("*.safetensors")):
         return open_safetensors(path, model_size)
     if (path / "model.pt").is_file() or existing_shards(path / "model.pt"):

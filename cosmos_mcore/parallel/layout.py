@@ -67,8 +67,8 @@ def pipeline_split(parallel: ParallelConfig, num_layers: int) -> PipelineSplit:
     near = next(n for n in sizes if any((num_layers + more) % n == 0 for more in (0, 1, 2)))
     raise ValueError(
         f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} with {stages} stages in all "
-        f"does not suit {num_layers} layers, with or without embedding and head; try pipeline_model_parallel_size={near} "
-        "without virtual stages, or set num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage"
+        f"does not suit {num_layers} layers, with or without embedding and head; try pipeline_model_parallel_size="
+        f"{near} without virtual stages, or set num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage"
     )
 
 

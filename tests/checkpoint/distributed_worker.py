@@ -18,6 +18,7 @@ from cosmos_mcore.model.builder import build_model
 from cosmos_mcore.parallel.initialize import shut_down
 from tests.parallel.layout_worker import set_up_without_clips, train
 from tests.parallel.layouts import BASE, config_of
+from tests.processes import children_of
 
 
 def truncate(path):
@@ -96,7 +97,8 @@ def main(folder):
     before, forks = state_of(run), []
     os.register_at_fork(before=lambda: forks.append(1))
     path = save_checkpoint(run.checkpoints, 3, run.chunks, run.optimizer, asdict(run.progress))
-    results = {"forks": len(forks), "files": sorted(file.name for file in run.checkpoints.iterdir())}
+    results = {"forks": len(forks), "children": children_of(os.getpid())}
+    results["files"] = sorted(file.name for file in run.checkpoints.iterdir())
 
     train(run, 1)
     results["moved"] = not any(torch.equal(a, b) for a, b in zip(before, state_of(run), strict=True))

@@ -12,8 +12,10 @@ import time
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from cosmos_mcore.checkpoint.convert import LAYOUTS, convert
+from cosmos_mcore.checkpoint.distributed_reader import read_metadata
 from cosmos_mcore.checkpoint.hub_files import INDEX, write_safetensors
 from cosmos_mcore.checkpoint.names import original_shapes, stored_tensors
 from cosmos_mcore.checkpoint.original import existing_shards, open_shards
@@ -175,6 +177,22 @@ def test_yarn_survives_in_the_hub_folder(tmp_path, model):
         open_checkpoint(tmp_path / "hub")
 
 
+def test_checkpoints_of_the_nemo_port(tmp_path):
+    # Megatron's format and names, with a prefix, in a subfolder beside one that is of no use here.
+    weights = random_weights(reduced("12b"))
+    save_model(tmp_path / "model.pt", weights)
+    convert(tmp_path / "model.pt", tmp_path / "nemo" / "weights", "distributed", tensor_parallel_size=2)
+    (tmp_path / "nemo" / "context").mkdir()
+    path = tmp_path / "nemo" / "weights" / ".metadata"
+    metadata = read_metadata(path.parent)
+    metadata.state_dict_metadata = {"module." + key: entry for key, entry in metadata.state_dict_metadata.items()}
+    metadata.storage_data = {
+        MetadataIndex("module." + index.fqn, index.offset): info for index, info in metadata.storage_data.items()
+    }
+    path.write_bytes(pickle.dumps(metadata))
+    assert_holds(tmp_path / "nemo", weights, "distributed")
+
+
 # What users get wrong: each is one line that says what and where.
 
 
@@ -308,7 +326,7 @@ def test_impossible_requests(tmp_path, model, to, sizes, message):
 def test_outputs_that_cannot_be_written(tmp_path, model):
     (tmp_path / "file").write_text("")
     for output, to in ((tmp_path / "file" / "x.pt", "mp"), (tmp_path / "file" / "x", "distributed")):
-        with pytest.raises(ValueError, match="x(_model_mp_0.pt)? cannot be written: Not a directory"):
+        with pytest.raises(ValueError, match="x(_model_mp_0.pt)? cannot be written: (Not a directory|File exists)"):
             convert(model[0], output, to)
 
 
@@ -327,9 +345,9 @@ def test_existing_outputs_are_kept_without_force(tmp_path, model, to):
     assert not list(tmp_path.glob("*.incomplete")) and not list(tmp_path.glob("*.replaced"))
 
 
-# Big enough to be caught in the middle, and to show in the memory of the process: 420 MB.
+# Big enough to be caught in the middle, and to show in the memory of the process: 250 MB.
 BIG = ModelArch(
-    num_layers=4, hidden_size=2048, ffn_hidden_size=4096, kv_channels=64, vocab_size=16000, embedding_size=16000
+    num_layers=5, hidden_size=2048, ffn_hidden_size=2048, kv_channels=64, vocab_size=4096, embedding_size=4096
 )
 
 
@@ -373,8 +391,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, big_model):
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024)"
     )
     result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    largest = 16000 * 2048 * 2
-    # Merging has the parts, what they make, and the next one ahead; nothing near the whole model.
-    assert int(result.stdout) < 4.5 * largest < big_model.stat().st_size
+    # A few tensors at a time; keeping what has been read would cost more than the model.
+    assert int(result.stdout) < 0.7 * big_model.stat().st_size
     assert (tmp_path / "x_model_mp_0.pt").stat().st_size < 0.26 * big_model.stat().st_size
     assert (tmp_path / "merged.pt").read_bytes() == big_model.read_bytes()

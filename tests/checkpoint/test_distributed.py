@@ -21,8 +21,9 @@ def test_only_complete_files_are_left_after_a_save(results):
     assert results["files"] == ["iter_000000003", "latest_checkpoint.txt"]
 
 
-def test_a_save_forks_no_process(results):
+def test_a_save_starts_no_process(results):
     assert results["forks"] == 0
+    assert results["children"] == []  # one that was spawned would outlive a rank that is killed
 
 
 def test_weights_and_optimizer_come_back(results):

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 
@@ -52,6 +53,11 @@ def small_yaml(clips, tmp_path_factory):
     return path
 
 
+def read(file):
+    file.seek(0)
+    return file.read()
+
+
 class Command:
     """The training command in processes of its own; ``finish`` also checks that none of them lives on."""
 
@@ -61,25 +67,25 @@ class Command:
         command = [sys.executable, *launcher, str(MAIN), *map(str, arguments)]
         env = environment(OUTPUT_ROOT=str(output_root), MARK=self.mark)
         self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        # Files, not pipes: a process left behind would hold a pipe open.
+        self.stdout, self.stderr = TemporaryFile("w+"), TemporaryFile("w+")
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=self.stdout, stderr=self.stderr)
 
     def wait_for(self, condition, seconds=120):
         """Waits until ``condition()`` holds, in a run that must still be alive then; returns what it gave."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < deadline, "what the test waits for did not happen"
-            assert self.process.poll() is None, self.process.communicate()[1]
+            assert self.process.poll() is None, read(self.stderr)
             time.sleep(0.01)
         return found
 
     def finish(self):
         """Waits for the end; returns (exit code, standard output, standard error)."""
-        stdout, stderr = self.process.communicate(timeout=240)
+        code = self.process.wait(240)
         self.seconds = time.monotonic() - self.started
         assert wait_until_gone(self.mark) == [], "processes left behind"
-        return self.process.returncode, stdout, stderr
+        return code, read(self.stdout), read(self.stderr)
 
     def metrics(self):
         """The complete lines of ``metrics.jsonl`` so far."""
@@ -102,7 +108,9 @@ def command(request, tmp_path):
     for one in started:
         for pid in processes_with(one.mark):
             os.kill(pid, signal.SIGKILL)
-        one.process.communicate()
+        one.process.wait()
+        one.stdout.close()
+        one.stderr.close()
 
 
 @pytest.fixture(scope="session")
