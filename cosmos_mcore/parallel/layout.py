@@ -68,7 +68,8 @@ def pipeline_split(parallel: ParallelConfig, num_layers: int) -> PipelineSplit:
     raise ValueError(
         f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} with {stages} stages in all "
         f"does not suit {num_layers} layers, with or without embedding and head; try pipeline_model_parallel_size="
-        f"{near} without virtual stages, or set num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage"
+        f"{near} without virtual stages, or set num_layers_in_first_pipeline_stage and "
+        "num_layers_in_last_pipeline_stage"
     )
 
 
