@@ -68,7 +68,7 @@ class Command:
         env = environment(OUTPUT_ROOT=str(output_root), MARK=self.mark)
         self.started = time.monotonic()
         # Files, not pipes: a process left behind would hold a pipe open.
-        self.stdout, self.stderr = TemporaryFile("w+"), TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self.stdout, self.stderr = TemporaryFile("w+"), TemporaryFile("w+")  # noqa: SIM115  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=self.stdout, stderr=self.stderr)
 
     def wait_for(self, condition, seconds=120):
