@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -108,7 +109,7 @@ def load_weights(path: Path, chunks: Sequence[CosmosARModel]) -> None:
         ValueError: if it cannot be read or holds another model.
     """
     with _one_line(path):
-        state = dist_checkpointing.load(_model_state(chunks), str(path))
+        state = dist_checkpointing.load(_stored_part(_model_state(chunks), path), str(path))
         _set_model(chunks, state)
 
 
@@ -122,7 +123,7 @@ def load_checkpoint(path: Path, chunks: Sequence[CosmosARModel], optimizer: Mega
         ValueError: if it cannot be read or holds another model.
     """
     with _one_line(path):
-        state = _model_state(chunks)
+        state = _stored_part(_model_state(chunks), path)
         with _torch_adam_fixed(optimizer):
             state["optimizer"] = _optimizer_state(optimizer, state, is_loading=True)
             loaded = dist_checkpointing.load(state, str(path))
@@ -135,6 +136,15 @@ def load_checkpoint(path: Path, chunks: Sequence[CosmosARModel], optimizer: Mega
 def _model_state(chunks: Sequence[CosmosARModel]) -> dict[str, Any]:
     metadata = ensure_metadata_has_dp_cp_group(dict(_METADATA))
     return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+
+
+def _stored_part(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Without the objects that the checkpoint lacks: ``_extra_state``, which converted weights do not have."""
+    stored = dist_checkpointing.serialization.load_sharded_metadata(str(path))
+    return {
+        chunk: {k: v for k, v in part.items() if not isinstance(v, ShardedObject) or v.unique_key in stored}
+        for chunk, part in state.items()
+    }
 
 
 def _optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], is_loading: bool) -> Any:

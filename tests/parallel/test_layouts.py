@@ -12,6 +12,9 @@ from tests.conftest import GOLDEN
 from tests.parallel.layouts import FAST, LAYOUTS, RESUMED_STEPS, RESUMES, STEPS, check, parts_of
 from tests.processes import run_ranks
 
+# The first test that needs some number of processes runs all jobs of that size.
+pytestmark = pytest.mark.timeout(1800)
+
 CURVES = json.loads((GOLDEN / "loss_curve.json").read_text())
 
 
