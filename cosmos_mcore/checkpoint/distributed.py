@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,7 +21,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
@@ -124,12 +123,11 @@ def load_checkpoint(path: Path, chunks: Sequence[CosmosARModel], optimizer: Mega
     """
     with _one_line(path):
         state = _stored_part(_model_state(chunks), path)
-        with _torch_adam_fixed(optimizer):
-            state["optimizer"] = _optimizer_state(optimizer, state, is_loading=True)
-            loaded = dist_checkpointing.load(state, str(path))
-            _set_model(chunks, loaded)
-            with torch.no_grad():
-                optimizer.load_state_dict(loaded["optimizer"])
+        state["optimizer"] = _optimizer_state(optimizer, state, is_loading=True)
+        loaded = dist_checkpointing.load(state, str(path))
+        _set_model(chunks, loaded)
+        with torch.no_grad():
+            optimizer.load_state_dict(loaded["optimizer"])
         return dist_checkpointing.load_common_state_dict(str(path))["progress"]
 
 
@@ -180,50 +178,6 @@ def _one_line(path: Path) -> Iterator[None]:
             f"checkpoint {path} cannot be loaded into this model with megatron-core {megatron.core.__version__}: "
             f"{detail}"
         ) from error
-
-
-@contextmanager
-def _torch_adam_fixed(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Makes Megatron's distributed optimizer load its state where it runs on torch's Adam (no TE, no Apex).
-
-    Torch's Adam keeps a step count per parameter, which Megatron's loader neither creates before nor sets apart after:
-    a fresh optimizer fails an assertion, and a loaded one shares one count among all parameters, so that it grows by
-    their number at every step: wrong updates without an error.
-    """
-    affected = [
-        inner
-        for inner in getattr(optimizer, "chained_optimizers", [optimizer])
-        if isinstance(inner, DistributedOptimizer) and isinstance(inner.optimizer, torch.optim.Adam)
-    ]
-    originals: list[tuple[DistributedOptimizer, Callable[..., None]]] = []
-    for inner in affected:
-        for group in inner.optimizer.param_groups:
-            for parameter in group["params"]:
-                inner.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        original = inner._set_main_param_and_optimizer_states
-
-        def with_step(
-            model_parameter: Any,
-            tensors: dict[str, Any],
-            inner: DistributedOptimizer = inner,
-            original: Callable[..., None] = original,
-        ) -> None:
-            group, order = inner.model_param_group_index_map[model_parameter]
-            state = inner.optimizer.state[inner.optimizer.param_groups[group]["params"][order]]
-            original(model_parameter, {"step": state["step"].clone(), **tensors})
-
-        originals.append((inner, original))
-        inner._set_main_param_and_optimizer_states = with_step
-    yield
-    for inner, original in originals:
-        inner._set_main_param_and_optimizer_states = original
-        for group in inner.optimizer.param_groups:
-            for parameter in group["params"]:
-                inner.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
 
 def _write_latest(folder: Path, name: str) -> None:

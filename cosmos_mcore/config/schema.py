@@ -19,6 +19,7 @@ from cosmos_mcore.config.values import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TwoCounts,
 )
 
 
@@ -93,10 +94,13 @@ class ParallelConfig:
 
 @dataclass
 class PrecisionConfig:
-    """``bf16``: bf16 compute with float32 master weights and gradients; ``fp32``: everything in float32."""
+    """``bf16``: bf16 compute with float32 master weights; ``fp32``: everything in float32."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None  # recipe of matrix products; GPUs only
+    fp8_first_last_bf16: TwoCounts = field(default_factory=lambda: [0, 0])  # layers at both ends without FP8
+    main_grads: Literal["bf16", "fp32"] = "fp32"  # in which gradients are accumulated and reduced
+    moments: Literal["bf16", "fp32"] = "fp32"  # in which Adam's moments are kept; bf16 is rounded at random
 
 
 @dataclass

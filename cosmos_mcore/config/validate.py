@@ -48,11 +48,28 @@ def _check_parallel(config: RunConfig) -> None:
 
 
 def _check_precision(config: RunConfig) -> None:
-    if config.precision.fp8 is not None and config.precision.dtype != "bf16":
-        raise ValueError(f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16")
-    parallel = config.parallel
+    _check_fp8(config)
+    precision, parallel = config.precision, config.parallel
+    for key in ("main_grads", "moments"):
+        if getattr(precision, key) == "bf16" and not (
+            precision.dtype == "bf16" and parallel.use_distributed_optimizer
+        ):
+            raise ValueError(
+                f"precision.{key}=bf16 needs precision.dtype=bf16 and parallel.use_distributed_optimizer=true"
+            )
     if parallel.recompute_num_layers is not None and parallel.recompute_granularity != "full":
         raise ValueError("parallel.recompute_num_layers needs parallel.recompute_granularity=full")
+
+
+def _check_fp8(config: RunConfig) -> None:
+    precision = config.precision
+    if precision.fp8 is not None and precision.dtype != "bf16":
+        raise ValueError(f"precision.fp8={precision.fp8} needs precision.dtype=bf16")
+    if any(precision.fp8_first_last_bf16) and precision.fp8 in (None, "delayed"):
+        raise ValueError(
+            f"precision.fp8_first_last_bf16={precision.fp8_first_last_bf16} needs precision.fp8 to be tensorwise, "
+            "blockwise or mxfp8 (Megatron's delayed scaling covers all layers); set it to [0, 0]"
+        )
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -31,6 +31,9 @@ NonNegativeFloat = Annotated[float, Rule("a number of at least 0", lambda value:
 Fraction = Annotated[float, Rule("a number from 0 to below 1", lambda value: 0 <= value < 1)]
 NonEmptyStr = Annotated[str, Rule("a non-empty string", bool)]
 NonEmptyList = Annotated[list[NonEmptyStr], Rule("a non-empty list of strings", bool)]
+TwoCounts = Annotated[
+    list[NonNegativeInt], Rule("a list of two whole numbers of at least 0", lambda value: len(value) == 2)
+]
 FolderName = Annotated[
     str,
     Rule(

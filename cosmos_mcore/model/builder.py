@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from cosmos_mcore.config.derived import VideoLayout
-from cosmos_mcore.config.schema import ParallelConfig, RunConfig
+from cosmos_mcore.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.model.cross_attention import PositionTable
 from cosmos_mcore.model.layer_specs import Text, block_spec
@@ -40,11 +40,26 @@ def _recompute(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
     return {}
 
 
+def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
+    if precision.fp8 is None:
+        return {}
+    first, last = precision.fp8_first_last_bf16
+    return {
+        "fp8": "hybrid",
+        "fp8_recipe": precision.fp8,
+        # Delayed scaling: each tensor's scale comes from the largest value of the last so many steps.
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
+
+
 def transformer_config(
     arch: ModelArch,
     parallel: ParallelConfig,
-    dtype: torch.dtype,
-    fp8_recipe: str | None,
+    precision: PrecisionConfig,
     transformer_engine: bool,
 ) -> TransformerConfig:
     """Megatron's config of the model.
@@ -52,10 +67,10 @@ def transformer_config(
     Args:
         arch: the sizes.
         parallel: the layout.
-        dtype: of parameters and activations.
-        fp8_recipe: Transformer Engine's recipe for FP8 matrix products, or None.
+        precision: of parameters, activations and matrix products.
         transformer_engine: whether the layers are Transformer Engine's (GPUs) or local ones.
     """
+    dtype = DTYPES[precision.dtype]
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     split = pipeline_split(parallel, arch.num_layers)
     return TransformerConfig(
@@ -98,7 +113,7 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=transformer_engine or not interleaved,
         # Fused kernels exist on GPUs only.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=transformer_engine,
         masked_softmax_fusion=False,
         bias_dropout_fusion=transformer_engine,
         bias_activation_fusion=transformer_engine,
@@ -106,8 +121,7 @@ def transformer_config(
         persist_layer_norm=transformer_engine,
         attention_backend=AttnBackend.auto if transformer_engine else AttnBackend.unfused,
         attention_softmax_in_fp32=True,
-        fp8="hybrid" if fp8_recipe is not None else None,
-        fp8_recipe=fp8_recipe if fp8_recipe is not None else "delayed",
+        **_fp8(precision),
     )
 
 
@@ -125,10 +139,8 @@ def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device:
             raise ValueError(
                 f"Transformer Engine cannot be imported ({error}); install the gpu extra or use an NGC container"
             ) from None
-    dtype = DTYPES[config.precision.dtype]
-    if config.precision.fp8 is not None and device.type == "cpu":
-        raise ValueError(f"precision.fp8={config.precision.fp8} needs a GPU; set it to null")
-    megatron_config = transformer_config(arch, config.parallel, dtype, config.precision.fp8, transformer_engine=on_gpu)
+    _check_fp8(config.precision.fp8, device)
+    megatron_config = transformer_config(arch, config.parallel, config.precision, transformer_engine=on_gpu)
     virtual_stages = config.parallel.virtual_pipeline_model_parallel_size
     text = None
     if arch.context_size is not None:
@@ -148,3 +160,20 @@ def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device:
         ).to(device)
 
     return [chunk(stage) for stage in (range(virtual_stages) if virtual_stages else [None])]
+
+
+# Compute capability of the oldest GPU that has the recipe's number formats.
+_FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+
+def _check_fp8(recipe: str | None, device: torch.device) -> None:
+    if recipe is None or device.type == "meta":
+        return
+    if device.type == "cpu":
+        raise ValueError(f"precision.fp8={recipe} needs a GPU; set it to null")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FP8_CAPABILITY[recipe]:
+        raise ValueError(
+            f"precision.fp8={recipe} does not run on {torch.cuda.get_device_name(device)}, compute capability "
+            f"{capability[0]}.{capability[1]}; choose another recipe, or null"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from megatron.core import tensor_parallel
@@ -64,10 +65,13 @@ class CosmosARModel(LanguageModule):
             pg_collection=self.pg_collection,
         )
         if post_process:
+            # Megatron's own layer fuses gradient accumulation only with Apex.
+            plain = copy.copy(config)
+            plain.gradient_accumulation_fusion = False
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 arch.vocab_size,
-                config=config,
+                config=plain,
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,

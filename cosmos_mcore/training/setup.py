@@ -19,7 +19,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from cosmos_mcore.checkpoint.distributed import load_checkpoint
 from cosmos_mcore.checkpoint.load import initialize_weights, load_any_weights
 from cosmos_mcore.checkpoint.pointer import latest_checkpoint
-from cosmos_mcore.config.derived import VideoLayout, derive_video_layout, run_dir
+from cosmos_mcore.config.derived import VideoLayout, derive_video_layout, num_microbatches, run_dir
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import ClipIndex, index_clips
 from cosmos_mcore.data.loader import ClipLoader
@@ -29,6 +29,7 @@ from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.model.presets import ModelArch, resolve_arch
 from cosmos_mcore.parallel import initialize as groups
 from cosmos_mcore.tokenizer.build import build_tokenizer
+from cosmos_mcore.training.gradients import mark_overwritten_gradients
 from cosmos_mcore.training.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -75,10 +76,7 @@ def set_up(config: RunConfig) -> Run:
     device = groups.initialize(config.parallel, config.training.seed)
     index = _shared_index(config)
     tokenizer = build_tokenizer(config, device)
-    chunks = build_model(config, arch, layout, device)
-    model = wrap_for_data_parallel(config, chunks)
-    optimizer = build_optimizer(config, model)
-    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    chunks, model, optimizer = build_trainable(config, arch, layout, device)
     progress = load_start(config, arch, chunks, optimizer)
     loader = ClipLoader(
         index,
@@ -95,11 +93,23 @@ def set_up(config: RunConfig) -> Run:
     return Run(config, arch, layout, device, loader, chunks, model, optimizer, progress)
 
 
+def build_trainable(
+    config: RunConfig, arch: ModelArch, layout: VideoLayout, device: torch.device
+) -> tuple[list[CosmosARModel], list[DistributedDataParallel], MegatronOptimizer]:
+    """This rank's model chunks, the same wrapped for data parallelism, and their optimizer; weights not yet set."""
+    chunks = build_model(config, arch, layout, device)
+    model = wrap_for_data_parallel(config, chunks)
+    optimizer = build_optimizer(config, model)
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    mark_overwritten_gradients(model, num_microbatches(config, dist.get_world_size()))
+    return chunks, model, optimizer
+
+
 def wrap_for_data_parallel(config: RunConfig, chunks: list[CosmosARModel]) -> list[DistributedDataParallel]:
-    """Puts Megatron's ``DistributedDataParallel`` round the chunks, with float32 gradients."""
+    """Puts Megatron's ``DistributedDataParallel`` round the chunks."""
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.precision.main_grads == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ from cosmos_mcore.config.derived import VideoLayout
 from cosmos_mcore.model.loss import TokenLosses
 from cosmos_mcore.model.presets import ModelArch
 from cosmos_mcore.model.sequence import zigzag_positions
+from cosmos_mcore.training.gradients import zero_gradients
+from cosmos_mcore.training.optimizer import update
 
 
 class LossPositions:
@@ -75,13 +78,35 @@ class StepResult:
         loss: mean cross entropy over the global batch.
         z_loss: mean z-loss, coefficient included.
         grad_norm: norm of the whole model's gradient before clipping.
-        updated: False if the optimizer left the step out.
     """
 
     loss: float
     z_loss: float
     grad_norm: float
-    updated: bool
+
+    @property
+    def updated(self) -> bool:
+        """Whether the weights have changed: a gradient that is not finite leaves them alone."""
+        return math.isfinite(self.grad_norm)
+
+
+class PendingResult:
+    """A step's numbers on their way from the device; whoever reads them one step later waits for nothing."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """Starts the copy of ``numbers``: loss, z-loss and grad norm, float32 [3]."""
+        self._event: torch.cuda.Event | None = None
+        self._numbers = numbers
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> StepResult:
+        """Waits for the numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return StepResult(*self._numbers.tolist())
 
 
 def train_step(
@@ -91,7 +116,7 @@ def train_step(
     tokens: Tensor,
     micro_batch_size: int,
     context: Tensor | None = None,
-) -> StepResult:
+) -> PendingResult:
     """Runs forward, backward and update over this replica's part of the global batch.
 
     Args:
@@ -102,13 +127,27 @@ def train_step(
         micro_batch_size: clips per micro-batch.
         context: text embeddings [clips, text length, context size] of a text-to-video model, likewise.
     """
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
+    losses = forward_backward(model, positions, tokens, micro_batch_size, context)
+    return PendingResult(torch.cat((losses, update(optimizer))))
+
+
+def forward_backward(
+    model: Sequence[DistributedDataParallel],
+    positions: LossPositions,
+    tokens: Tensor,
+    micro_batch_size: int,
+    context: Tensor | None = None,
+) -> Tensor:
+    """The part of ``train_step`` that leaves the reduced gradients behind.
+
+    Returns:
+        Float32 [2] on the device: mean cross entropy and mean z-loss over the global batch, on every rank.
+    """
     micro_batches: list[tuple[Tensor, Tensor | None]] = [(part, None) for part in tokens.split(micro_batch_size)]
     if context is not None:
         texts = context.split(micro_batch_size)
         micro_batches = [(part, text) for (part, _), text in zip(micro_batches, texts, strict=True)]
+    zero_gradients(model)
     iterators = [iter(micro_batches) for _ in model]
     reduced = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, positions),
@@ -119,9 +158,7 @@ def train_step(
         micro_batch_size=micro_batch_size,
         forward_only=False,
     )
-    updated, grad_norm, _ = optimizer.step()
-    loss, z_loss = _mean_losses(reduced, tokens.device).tolist()
-    return StepResult(loss, z_loss, float(grad_norm), bool(updated))
+    return _mean_losses(reduced, tokens.device)
 
 
 def _forward_step(

@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -30,10 +30,33 @@ from cosmos_mcore.training.callbacks import (
 from cosmos_mcore.training.flops import flops_per_clip
 from cosmos_mcore.training.optimizer import set_learning_rate
 from cosmos_mcore.training.schedule import learning_rate
-from cosmos_mcore.training.setup import Run
+from cosmos_mcore.training.setup import Progress, Run
 from cosmos_mcore.training.step import LossPositions, StepResult, train_step
 
 logger = logging.getLogger(__name__)
+
+
+class StopWatch:
+    """Wall time between the ends of steps, and the part of it spent waiting for clips."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was measured; call it after anything that is no step."""
+        self.since, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def step_done(self, waited: float) -> None:
+        """Counts a step that has ended now and had waited so many seconds for its clips."""
+        self.waited += waited
+        self.steps += 1
+
+    def means(self) -> tuple[float, float]:
+        """Seconds per step, and seconds of it that it waited; starts again."""
+        now = time.perf_counter()
+        means = (now - self.since) / self.steps, self.waited / self.steps
+        self.restart()
+        return means
 
 
 class Trainer:
@@ -52,12 +75,14 @@ class Trainer:
             self.callbacks = default_callbacks(run.config) if callbacks is None else callbacks
         self.resumed_from = self.progress.iteration or None
         self.skipped_iterations = self.nan_iterations = 0
+        self.watch = StopWatch()
 
     def train(self) -> None:
         """Runs the remaining iterations; saves every ``checkpoint.save_interval`` and at the end."""
         training = self.config.training
         for callback in self.callbacks:
             callback.on_train_start(self.progress.iteration)
+        self.watch.restart()
         try:
             self._loop(training.train_iters, self.config.checkpoint.save_interval)
         finally:
@@ -66,30 +91,44 @@ class Trainer:
                 callback.on_train_end()
 
     def _loop(self, train_iters: int, save_interval: int) -> None:
-        interval_start, data_seconds, steps = time.perf_counter(), 0.0, 0
         if self.progress.iteration >= train_iters:
             logger.info("nothing to do: %d of %d iterations are done", self.progress.iteration, train_iters)
+        # The numbers of a step are read while the next one runs, so the device never waits for the host.
+        unread: Callable[[], None] | None = None
         while self.progress.iteration < train_iters:
-            waiting_since = time.perf_counter()
-            tokens = self.run.loader.next()
-            data_seconds += time.perf_counter() - waiting_since
-            lr = learning_rate(self.config, self.progress.iteration)
-            set_learning_rate(self.run.optimizer, lr)
-            result = train_step(
-                self.run.model, self.run.optimizer, self.positions, tokens, self.config.training.micro_batch_size
-            )
-            self.progress.iteration += 1
-            self.progress.consumed_samples = self.run.loader.consumed_samples
+            started = self._start_step()
+            if unread is not None:
+                unread()
+            unread = started
+            if self.progress.iteration % save_interval == 0 or self.progress.iteration == train_iters:
+                unread()
+                unread = None
+                self.save()
+                self.watch.restart()
+
+    def _start_step(self) -> Callable[[], None]:
+        """Starts the next step; what it returns waits for the step's end and reports it."""
+        waiting_since = time.perf_counter()
+        tokens = self.run.loader.next()
+        waited = time.perf_counter() - waiting_since
+        lr = learning_rate(self.config, self.progress.iteration)
+        set_learning_rate(self.run.optimizer, lr)
+        pending = train_step(
+            self.run.model, self.run.optimizer, self.positions, tokens, self.config.training.micro_batch_size
+        )
+        self.progress.iteration += 1
+        self.progress.consumed_samples = self.run.loader.consumed_samples
+        done = replace(self.progress)
+
+        def finish() -> None:
+            result = pending.read()
+            self.watch.step_done(waited)
             self.skipped_iterations += not result.updated
             self.nan_iterations += not math.isfinite(result.loss)
-            steps += 1
-            if self.progress.iteration % self.config.logging.log_interval == 0:
-                now = time.perf_counter()
-                self._report(result, lr, (now - interval_start) / steps, data_seconds / steps)
-                interval_start, data_seconds, steps = now, 0.0, 0
-            if self.progress.iteration % save_interval == 0 or self.progress.iteration == train_iters:
-                self.save()
-                interval_start, data_seconds, steps = time.perf_counter(), 0.0, 0
+            if done.iteration % self.config.logging.log_interval == 0:
+                self._report(done, result, lr)
+
+        return finish
 
     def save(self) -> None:
         """Writes a checkpoint; returns when it is complete on disk."""
@@ -105,13 +144,14 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_save(self.progress.iteration, path)
 
-    def _report(self, result: StepResult, lr: float, step_seconds: float, data_seconds: float) -> None:
+    def _report(self, done: Progress, result: StepResult, lr: float) -> None:
+        step_seconds, data_seconds = self.watch.means()
         skipped = self._gather_skipped()
         clips = self.config.training.global_batch_size / dist.get_world_size() / step_seconds
         report = StepReport(
-            iteration=self.progress.iteration,
+            iteration=done.iteration,
             train_iters=self.config.training.train_iters,
-            consumed_samples=self.progress.consumed_samples,
+            consumed_samples=done.consumed_samples,
             lm_loss=result.loss,
             z_loss=result.z_loss,
             grad_norm=result.grad_norm,

@@ -19,11 +19,10 @@ from megatron.core import parallel_state
 
 from cosmos_mcore.checkpoint.load import initialize_weights
 from cosmos_mcore.config import RunConfig, derive_video_layout
-from cosmos_mcore.model.builder import build_model
 from cosmos_mcore.model.presets import ModelArch
 from cosmos_mcore.parallel import initialize as groups
-from cosmos_mcore.training.optimizer import build_optimizer, set_learning_rate
-from cosmos_mcore.training.setup import wrap_for_data_parallel
+from cosmos_mcore.training.optimizer import set_learning_rate
+from cosmos_mcore.training.setup import build_trainable
 from cosmos_mcore.training.step import LossPositions, train_step
 
 
@@ -39,10 +38,7 @@ def run_layout(task: dict[str, Any], layout_keys: dict[str, Any]) -> dict[str, A
     arch = ModelArch(**task["arch"])
     layout = derive_video_layout(config)
     device = groups.initialize(config.parallel, seed=0)
-    chunks = build_model(config, arch, layout, device)
-    model = wrap_for_data_parallel(config, chunks)
-    optimizer = build_optimizer(config, model)
-    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    chunks, model, optimizer = build_trainable(config, arch, layout, device)
     initialize_weights(chunks, arch, seed=0)
     optimizer.reload_model_params()
     positions = LossPositions(layout, arch, 1e-4, device)
@@ -56,7 +52,7 @@ def run_layout(task: dict[str, Any], layout_keys: dict[str, Any]) -> dict[str, A
         set_learning_rate(optimizer, task["lr"])
         dist.barrier()
         start = time.perf_counter()
-        result = train_step(model, optimizer, positions, mine, config.training.micro_batch_size)
+        result = train_step(model, optimizer, positions, mine, config.training.micro_batch_size).read()
         seconds.append(time.perf_counter() - start)
         losses.append(result.loss + result.z_loss)
         norms.append(result.grad_norm)

@@ -50,16 +50,18 @@ def train(name, micro_batch_size, sequence_parallel, distributed_optimizer):
     optimizer.reload_model_params()
     set_learning_rate(optimizer, settings["lr"])
 
-    first_gradients, step = {}, optimizer.step
+    first_gradients, prepare_grads = {}, optimizer.prepare_grads
 
-    def recording_step():
+    def recording_prepare_grads():
         if not first_gradients:
             first_gradients.update(gradients(chunks, arch))
-        return step()
+        return prepare_grads()
 
-    optimizer.step = recording_step
+    optimizer.prepare_grads = recording_prepare_grads
     positions = LossPositions(layout, arch, config.model.z_loss_coeff, torch.device("cpu"))
-    steps = [train_step(model, optimizer, positions, case["tokens"], micro_batch_size, text) for _ in case["losses"]]
+    steps = [
+        train_step(model, optimizer, positions, case["tokens"], micro_batch_size, text).read() for _ in case["losses"]
+    ]
     return {
         "logits": logits,
         "gradients": first_gradients,

@@ -134,3 +134,40 @@ if __name__ == "__main__":
     import sys
 
     main(sys.argv[1])
+
+
+EXTREMES = (0.0, 1e-30, 80.0, -80.0, 30000.0, -30000.0)
+
+
+def check_kernels(device, dtype, vocab, first, spread):
+    """The Triton kernels against the torch functions that they stand for."""
+    from cosmos_mcore.model import loss_kernel
+
+    rows = 7
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (torch.randn(rows, vocab, generator=generator) * spread).to(dtype)
+    for row, value in enumerate(EXTREMES):
+        logits[row, row % vocab] = value  # rows with one logit far from all others
+    labels = torch.randint(0, 2 * vocab, (rows,), generator=generator)
+    labels[0], labels[1] = first, first + vocab - 1  # first and last of this rank's part
+    grads = torch.randn(2, rows, generator=generator)
+    grads[:, 2] = 0  # an ignored position
+    expected = loss_module.log_sum_exp_and_target(logits, labels, first)
+    found = loss_kernel.log_sum_exp_and_target(logits.to(device), labels.to(device), first)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a.cpu(), b, rtol=1e-6, atol=1e-5)
+    gradient = loss_module.logits_to_gradient_(logits.clone(), labels, first, expected[0], *grads)
+    arguments = [value.to(device) for value in (logits.clone(), labels)]
+    ours = loss_kernel.logits_to_gradient_(*arguments, first, *(v.to(device) for v in (expected[0], *grads)))
+    assert ours.data_ptr() == arguments[0].data_ptr()
+    # Triton's interpreter cuts float32 off to bf16 instead of rounding.
+    tolerance = 2**-7 if dtype is torch.bfloat16 else 1e-5
+    assert torch.allclose(ours.cpu().float(), gradient.float(), rtol=tolerance, atol=1e-6)
+    assert ours[2].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("vocab", "first"), [(1, 0), (500, 0), (500, 500), (4096, 0), (4100, 4100)])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_kernels_in_the_interpreter(dtype, vocab, first, spread, triton_interpreter):
+    check_kernels("cpu", dtype, vocab, first, spread)

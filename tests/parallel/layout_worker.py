@@ -64,7 +64,7 @@ def train(run: Run, steps):
         text = None if text is None else text[share]
         result = train_step(
             run.model, run.optimizer, positions, tokens[share], config.training.micro_batch_size, context=text
-        )
+        ).read()
         assert result.updated
         curve.append((result.loss, result.z_loss, result.grad_norm))
     progress.iteration += steps
