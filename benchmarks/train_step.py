@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from cosmos_mcore.config import RunConfig, derive_video_layout, load_config
 from cosmos_mcore.config.derived import data_parallel_size
+from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.model.presets import resolve_arch
 from cosmos_mcore.parallel import initialize as groups
 from cosmos_mcore.parallel.launch import is_rank_zero, processes_to_start, run_processes
@@ -75,13 +76,7 @@ def prepare(config: RunConfig, real: bool) -> Callable[[Callable[[], None]], flo
     else:
         device = groups.initialize(config.parallel, config.training.seed)
         chunks, model, optimizer = build_trainable(config, arch, layout, device)
-        torch.manual_seed(config.training.seed)
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                if parameter.dim() > 1:
-                    torch.nn.init.normal_(parameter, std=0.02)
-                else:
-                    torch.nn.init.ones_(parameter)
+        random_weights(chunks, config.training.seed)
         optimizer.reload_model_params()
         clips = config.training.global_batch_size // data_parallel_size(config, dist.get_world_size())
         ids = torch.randint(arch.vocab_size, (clips, layout.num_tokens), device=device)
@@ -101,6 +96,17 @@ def prepare(config: RunConfig, real: bool) -> Callable[[Callable[[], None]], flo
         return waited
 
     return step
+
+
+def random_weights(chunks: list[CosmosARModel], seed: int) -> None:
+    """Weights drawn on the device, which is quick; they depend on the layout, unlike those of a run."""
+    torch.manual_seed(seed)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+            else:
+                torch.nn.init.ones_(parameter)
 
 
 def measure(config: RunConfig, steps: int = 20, warmup: int = 5, real: bool = False) -> dict[str, Any]:

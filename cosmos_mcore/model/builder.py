@@ -34,6 +34,8 @@ def _recompute(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
             "recompute_granularity": "full",
             "recompute_method": "block",
             "recompute_num_layers": max(1, layers),
+            # Who recomputes is short of memory: FP8 weights are made again too, instead of kept (2 bytes a weight).
+            "disable_parameter_transpose_cache": True,
         }
     if parallel.recompute_granularity == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}

@@ -42,8 +42,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
-        )
+        )  # no device_id: it would make NCCL's communicators of all of Megatron's groups at once, used or not
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

@@ -1,0 +1,275 @@
+"""Memory and time of a layout, estimated before anything runs; no torch.
+
+Both are arithmetic with a few measured constants (docs/performance.md): good to a tenth in memory, and for ranking
+layouts in time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+from cosmos_mcore.config.derived import (
+    SPATIAL_COMPRESSION,
+    TEMPORAL_COMPRESSION,
+    VideoLayout,
+    derive_video_layout,
+    num_microbatches,
+)
+from cosmos_mcore.config.schema import ParallelConfig, RunConfig
+from cosmos_mcore.model.presets import ModelArch, resolve_arch
+from cosmos_mcore.parallel.layout import check_layout, check_num_microbatches, check_world_size
+
+_BYTES = {"bf16": 2, "fp32": 4}
+_WORKSPACE = 1.0e9  # cuBLAS, cuDNN, and what is alive for a moment between two kernels
+_OUTSIDE_TORCH = 2.5e9  # CUDA's context, NCCL's buffers
+# Measured on one H100 with the 4B: useful TFLOP/s of everything but attention, and of attention.
+_LINEAR_TFLOPS = {"fp8": 936.0, "bf16": 593.0, "fp32": 40.0}
+_ATTENTION_TFLOPS = 432.0
+_WEIGHT_CAST_SECONDS = 3.1e-12  # per FP8 weight and step
+_OPTIMIZER_BYTES_PER_SECOND = 2.6e12
+_NVLINK, _NETWORK = 300e9, 40e9  # bytes per second and GPU, seen in collectives
+_GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU, by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    fp8_weights: float
+    activations: float
+    logits: float
+    other: float = _WORKSPACE
+
+    @property
+    def peak(self) -> float:
+        """What ``torch.cuda.max_memory_allocated`` would show."""
+        parts = (self.weights, self.gradients, self.optimizer, self.fp8_weights, self.activations, self.logits)
+        return sum(parts) + self.other
+
+    @property
+    def needed(self) -> float:
+        """What the GPU must have."""
+        return self.peak * 1.02 + _OUTSIDE_TORCH  # a little is lost to fragmentation
+
+    def __str__(self) -> str:
+        names = ("weights", "gradients", "optimizer", "fp8_weights", "activations", "logits", "other")
+        parts = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name) / 1e9:.1f}" for name in names)
+        return f"{self.peak / 1e9:.1f} GB ({parts})"
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The pipeline stage with the most to hold: the first has the embedding and the most micro-batches in flight."""
+
+    layers: float
+    in_flight: float
+
+
+def _layer_weights(arch: ModelArch) -> int:
+    width = arch.num_attention_heads * arch.kv_channels
+    groups = arch.num_query_groups * arch.kv_channels
+    attention = arch.hidden_size * (2 * width + 2 * groups)
+    cross = arch.hidden_size * 2 * width + (arch.context_size or 0) * 2 * groups if arch.context_size else 0
+    return attention + cross + 3 * arch.hidden_size * arch.ffn_hidden_size
+
+
+def _stage(parallel: ParallelConfig, arch: ModelArch, microbatches: int) -> _Stage:
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    layers = arch.num_layers / stages
+    if stages == 1:
+        return _Stage(layers, 1)
+    interleaving = 1 + (stages - 1) / (stages * virtual) if virtual > 1 else 1
+    return _Stage(math.ceil(layers), min(stages * interleaving, microbatches))
+
+
+def _activation_bytes(config: RunConfig, arch: ModelArch) -> tuple[float, float]:
+    """Bytes that one token leaves in a layer for the backward pass: (all of them, those of a recomputed layer)."""
+    parallel, number = config.parallel, _BYTES[config.precision.dtype]
+    tp = parallel.tensor_model_parallel_size
+    split = tp if parallel.sequence_parallel else 1
+    stored = 1 if config.precision.fp8 is not None else number  # what matrix products keep of their input
+    hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
+    width = arch.num_attention_heads * arch.kv_channels
+    groups = arch.num_query_groups * arch.kv_channels
+    residuals = 2 * hidden * number / split
+    normed = 2 * hidden * stored / split
+    # Query, key and value as projected, normed and turned; the output for attention and, in FP8, for its projection.
+    heads = ((width + 2 * groups) + 2 * (width + groups) + groups + width) * number + (stored < number) * width * stored
+    mlp = 2 * ffn * number + ffn * stored
+    whole = residuals + normed + (heads + mlp) / tp
+    return whole, hidden * number / split
+
+
+def estimate_memory(config: RunConfig, world_size: int) -> Memory:
+    """Memory of the fullest GPU of a run.
+
+    Args:
+        config: a run that ``check_layout`` has passed.
+        world_size: processes.
+    """
+    arch = resolve_arch(config.model)
+    parallel, precision = config.parallel, config.precision
+    layout = derive_video_layout(config, arch.text_to_video)
+    microbatches = num_microbatches(config, world_size)
+    stage = _stage(parallel, arch, microbatches)
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    ends = arch.hidden_size * (arch.embedding_size + (arch.vocab_size if pp == 1 else 0))
+    in_layers = stage.layers * _layer_weights(arch) / tp
+    weights = in_layers + ends / tp
+    shards = world_size // (tp * pp) if parallel.use_distributed_optimizer else 1
+    master = 2 if precision.dtype == "bf16" and parallel.use_distributed_optimizer else 4 * (precision.dtype == "bf16")
+    state = master + 2 * _BYTES[precision.moments]
+    tokens = layout.padded_sequence_length * config.training.micro_batch_size / cp
+    whole, recomputed = _activation_bytes(config, arch)
+    kept = 0.0
+    if parallel.recompute_granularity == "full":
+        layers = min(parallel.recompute_num_layers or stage.layers, stage.layers)
+        kept = (stage.layers - layers) * whole + layers * recomputed
+        activations = tokens * (kept * stage.in_flight + whole)
+    else:
+        activations = tokens * stage.layers * whole * stage.in_flight
+    # The last stage holds logits, but fewer micro-batches; where there is one stage, both meet.
+    logits = tokens * arch.vocab_size / tp * _BYTES[precision.dtype] if pp == 1 else 0.0
+    cached = precision.fp8 is not None and parallel.recompute_granularity != "full"
+    return Memory(
+        weights=weights * _BYTES[precision.dtype],
+        gradients=weights * (4 if precision.dtype == "fp32" else _BYTES[precision.main_grads]),
+        optimizer=weights * state / shards,
+        fp8_weights=in_layers * 2 * cached,
+        activations=activations,
+        logits=logits,
+    )
+
+
+def estimate_step_seconds(config: RunConfig, world_size: int) -> float:
+    """Time of one optimizer step, for ranking layouts: compute, tensor-parallel traffic, pipeline bubble, update."""
+    arch = resolve_arch(config.model)
+    parallel, precision = config.parallel, config.precision
+    layout = derive_video_layout(config, arch.text_to_video)
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    microbatches = num_microbatches(config, world_size)
+    length, clips = layout.padded_sequence_length, config.training.micro_batch_size
+    in_layers = arch.num_layers * _layer_weights(arch)
+    head = arch.hidden_size * arch.vocab_size
+    kind = "fp8" if precision.fp8 is not None else precision.dtype
+    passes = 4 / 3 if parallel.recompute_granularity == "full" else 1.0
+    linear = 6 * (in_layers * passes + head) * length * clips / (_LINEAR_TFLOPS[kind] * 1e12)
+    width = arch.num_attention_heads * arch.kv_channels
+    attention = 6 * arch.num_layers * length**2 * width * clips * passes / (_ATTENTION_TFLOPS * 1e12)
+    compute = (linear + attention) / (tp * pp * cp)
+    bandwidth = _NVLINK if tp * cp <= _GPUS_PER_NODE else _NETWORK
+    traffic = 0.0
+    if tp > 1:  # four all-gathers and four reduce-scatters a layer, forward and backward
+        traffic += 8 * passes * arch.num_layers / pp * length * clips / cp * arch.hidden_size * 2 * (tp - 1) / tp
+    if cp > 1:  # keys and values round the ring, and their gradients back
+        traffic += 3 * arch.num_layers / pp * length * clips * arch.num_query_groups * arch.kv_channels * 4 * (cp - 1) / cp
+    one = compute + traffic / bandwidth
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    forward_backward = one * (microbatches + (pp - 1) / virtual)
+    weights = (in_layers / pp + head + arch.hidden_size * arch.embedding_size) / tp
+    cast = _WEIGHT_CAST_SECONDS * in_layers / (tp * pp) if kind == "fp8" else 0.0
+    replicas = world_size // (tp * pp)
+    bytes_per_weight = 10 + 4 * _BYTES[precision.moments] + _BYTES[precision.main_grads]
+    update = weights * bytes_per_weight / replicas / _OPTIMIZER_BYTES_PER_SECOND
+    if replicas > 1:
+        reduced = weights * (_BYTES[precision.main_grads] + _BYTES[precision.dtype])
+        update += reduced / (_NVLINK if world_size <= _GPUS_PER_NODE else _NETWORK)
+    return forward_backward + cast + update
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout that fits."""
+
+    config: RunConfig
+    memory: Memory
+    seconds: float
+    tokens_per_second: float  # per GPU
+
+
+def plans(config: RunConfig, gpus: int, gpu_bytes: float) -> list[Plan]:
+    """All layouts of ``config`` on ``gpus`` GPUs that fit into ``gpu_bytes`` each, fastest first.
+
+    Global batch and model stay; tensor, pipeline, context parallelism, recomputation and micro-batch size vary.
+    """
+    found = []
+    for candidate in _candidates(config, gpus):
+        try:
+            _check(candidate, gpus)
+        except ValueError:
+            continue
+        memory = estimate_memory(candidate, gpus)
+        if memory.needed <= gpu_bytes:
+            seconds = estimate_step_seconds(candidate, gpus)
+            tokens = derive_video_layout(candidate).sequence_length * candidate.training.global_batch_size
+            found.append(Plan(candidate, memory, seconds, tokens / seconds / gpus))
+    return sorted(found, key=lambda plan: plan.seconds)
+
+
+def _check(config: RunConfig, gpus: int) -> None:
+    arch = resolve_arch(config.model)
+    check_layout(
+        config,
+        num_layers=arch.num_layers,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        vocab_size=arch.vocab_size,
+    )
+    check_world_size(config, gpus)
+    check_num_microbatches(config, num_microbatches(config, gpus))
+
+
+def _candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
+    powers = [2**n for n in range(gpus.bit_length()) if gpus % 2**n == 0]
+    for tp in (n for n in powers if n <= _GPUS_PER_NODE):
+        for pp in powers:
+            for cp in powers:
+                for recompute in (None, "full"):
+                    candidate = deepcopy(config)
+                    parallel = candidate.parallel
+                    parallel.tensor_model_parallel_size, parallel.sequence_parallel = tp, tp > 1
+                    parallel.pipeline_model_parallel_size, parallel.context_parallel_size = pp, cp
+                    parallel.recompute_granularity = recompute
+                    if tp * pp * cp <= gpus:
+                        yield candidate
+
+
+def keys_that_save_memory(config: RunConfig, world_size: int) -> list[str]:
+    """Overrides that this run does not have yet and what each would save, most first."""
+    now = estimate_memory(config, world_size).peak
+    options = {
+        "parallel.recompute_granularity=full": ("parallel", "recompute_granularity", "full"),
+        "precision.moments=bf16": ("precision", "moments", "bf16"),
+        "precision.main_grads=bf16": ("precision", "main_grads", "bf16"),
+        "training.micro_batch_size=1": ("training", "micro_batch_size", 1),
+    }
+    savings = {}
+    for text, (section, name, value) in options.items():
+        changed = deepcopy(config)
+        setattr(getattr(changed, section), name, value)
+        savings[text] = now - estimate_memory(changed, world_size).peak
+    worthwhile = sorted((saved, text) for text, saved in savings.items() if saved > 5e8)
+    lines = [f"{text} (about {saved / 1e9:.0f} GB less)" for saved, text in reversed(worthwhile)]
+    return [*lines, "a larger parallel.tensor_model_parallel_size with parallel.sequence_parallel=true, on more GPUs"]
+
+
+def clip_of_tokens(tokens: int) -> tuple[int, int]:
+    """(height, width) of a 33-frame clip with about so many tokens, 3:5 as the original's."""
+    per_frame = tokens / ((33 - 1) // TEMPORAL_COMPRESSION + 1)
+    rows = max(1, round(math.sqrt(per_frame * 0.6)))
+    return rows * SPATIAL_COMPRESSION, max(1, round(per_frame / rows)) * SPATIAL_COMPRESSION
