@@ -108,7 +108,7 @@ def load_weights(path: Path, chunks: Sequence[CosmosARModel]) -> None:
         ValueError: if it cannot be read or holds another model.
     """
     with _one_line(path):
-        state = dist_checkpointing.load(_stored_part(_model_state(chunks), path), str(path))
+        state = dist_checkpointing.load(_stored_part(_model_state(chunks), path, fp8_state=False), str(path))
         _set_model(chunks, state)
 
 
@@ -122,10 +122,14 @@ def load_checkpoint(path: Path, chunks: Sequence[CosmosARModel], optimizer: Mega
         ValueError: if it cannot be read or holds another model.
     """
     with _one_line(path):
-        state = _stored_part(_model_state(chunks), path)
+        # Only delayed scaling has a state: the largest values of the last steps. Other recipes begin afresh each step.
+        model_config = chunks[0].config
+        delayed = bool(model_config.fp8) and model_config.fp8_recipe == "delayed"
+        state = _stored_part(_model_state(chunks), path, fp8_state=delayed)
         state["optimizer"] = _optimizer_state(optimizer, state, is_loading=True)
         loaded = dist_checkpointing.load(state, str(path))
-        _set_model(chunks, loaded)
+        with _own_fp8_state():
+            _set_model(chunks, loaded)
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
         return dist_checkpointing.load_common_state_dict(str(path))["progress"]
@@ -136,13 +140,31 @@ def _model_state(chunks: Sequence[CosmosARModel]) -> dict[str, Any]:
     return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 
 
-def _stored_part(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Without the objects that the checkpoint lacks: ``_extra_state``, which converted weights do not have."""
+def _stored_part(state: dict[str, Any], path: Path, fp8_state: bool) -> dict[str, Any]:
+    """Without the objects (``_extra_state``) that the checkpoint lacks, as converted weights do, or that nobody wants."""
     stored = dist_checkpointing.serialization.load_sharded_metadata(str(path))
     return {
-        chunk: {k: v for k, v in part.items() if not isinstance(v, ShardedObject) or v.unique_key in stored}
+        chunk: {k: v for k, v in part.items() if not isinstance(v, ShardedObject) or (fp8_state and v.unique_key in stored)}
         for chunk, part in state.items()
     }
+
+
+@contextmanager
+def _own_fp8_state() -> Iterator[None]:
+    """Lets Transformer Engine unpickle the FP8 state of the run's own checkpoint, which it refuses without being told.
+
+    Weights from elsewhere come in without any such state (``load_weights``).
+    """
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], is_loading: bool) -> Any:

@@ -49,7 +49,8 @@ def train(videos, tmp_path, monkeypatch):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return {row["iteration"]: (row["lm loss"], row["grad norm"]) for row in rows}
 
-    return run
+    yield run
+    groups.shut_down()
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
