@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
 from train_step import ROOT, prepare, release
+
 from cosmos_mcore.config import RunConfig, load_config
 from cosmos_mcore.parallel.launch import is_rank_zero, processes_to_start, run_processes
 
 
-def profile_steps(config: RunConfig, trace: Path | None, steps: int = 3, warmup: int = 5) -> list[tuple[str, float, int]]:
+def profile_steps(
+    config: RunConfig, trace: Path | None, steps: int = 3, warmup: int = 5
+) -> list[tuple[str, float, int]]:
     """Profiles ``steps`` steps after ``warmup`` others.
 
     Args:

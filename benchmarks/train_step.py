@@ -129,7 +129,7 @@ def measure(config: RunConfig, steps: int = 20, warmup: int = 5, real: bool = Fa
         queued.append((time.perf_counter() - start) * 1e3)
         marks.append(row)
         if len(marks) > 1:
-            clock.milliseconds(marks[-2][0], marks[-2][-1])  # like the trainer, which reads a step's loss one step later
+            clock.milliseconds(marks[-2][0], marks[-2][-1])  # as the trainer waits, one step later
     spans = [[clock.milliseconds(a, b) for a, b in zip(row, row[1:], strict=False)] for row in marks]
     whole = statistics.median(clock.milliseconds(a[-1], b[-1]) for a, b in zip(marks, marks[1:], strict=False))
     clips = config.training.global_batch_size / dist.get_world_size() / whole * 1e3

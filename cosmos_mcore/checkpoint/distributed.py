@@ -141,12 +141,13 @@ def _model_state(chunks: Sequence[CosmosARModel]) -> dict[str, Any]:
 
 
 def _stored_part(state: dict[str, Any], path: Path, fp8_state: bool) -> dict[str, Any]:
-    """Without the objects (``_extra_state``) that the checkpoint lacks, as converted weights do, or that nobody wants."""
-    stored = dist_checkpointing.serialization.load_sharded_metadata(str(path))
-    return {
-        chunk: {k: v for k, v in part.items() if not isinstance(v, ShardedObject) or (fp8_state and v.unique_key in stored)}
-        for chunk, part in state.items()
-    }
+    """Without the objects (``_extra_state``) that nobody wants or that the checkpoint lacks, as converted ones do."""
+    stored = dist_checkpointing.serialization.load_sharded_metadata(str(path)) if fp8_state else {}
+
+    def wanted(value: Any) -> bool:
+        return not isinstance(value, ShardedObject) or value.unique_key in stored
+
+    return {chunk: {k: v for k, v in part.items() if wanted(v)} for chunk, part in state.items()}
 
 
 @contextmanager

@@ -51,9 +51,7 @@ def _check_precision(config: RunConfig) -> None:
     _check_fp8(config)
     precision, parallel = config.precision, config.parallel
     for key in ("main_grads", "moments"):
-        if getattr(precision, key) == "bf16" and not (
-            precision.dtype == "bf16" and parallel.use_distributed_optimizer
-        ):
+        if getattr(precision, key) == "bf16" and not (precision.dtype == "bf16" and parallel.use_distributed_optimizer):
             raise ValueError(
                 f"precision.{key}=bf16 needs precision.dtype=bf16 and parallel.use_distributed_optimizer=true"
             )

@@ -56,14 +56,13 @@ class Hyperparameters:
 class Adam:
     """AdamW as the inner optimizer of Megatron's ``DistributedOptimizer``.
 
-    No ``torch.optim.Optimizer``, which refuses the views of parameters that Megatron gives it. Reads ``decoupled_grad`` of its parameters and speaks Megatron's protocol for optimizers that hold the master
+    Reads ``decoupled_grad`` of its parameters and speaks Megatron's protocol for optimizers that hold the master
     weights themselves (``get_unscaled_state``, ``set_scaled_state``); states go in and out as float32, so a checkpoint
-    does not depend on how they are held. Set ``grad_norm`` before ``step``.
+    does not depend on how they are held. Set ``grad_norm`` before ``step``. It is no ``torch.optim.Optimizer``, which
+    refuses the views of parameters that Megatron hands it.
     """
 
-    def __init__(
-        self, param_groups: list[dict[str, Any]], *, clip_grad: float, moments_dtype: torch.dtype
-    ) -> None:
+    def __init__(self, param_groups: list[dict[str, Any]], *, clip_grad: float, moments_dtype: torch.dtype) -> None:
         """Allocates the state: 6 bytes per bf16 weight with bf16 moments, 10 with float32 ones.
 
         Args:
@@ -102,7 +101,8 @@ class Adam:
                     seed=(group["step"] * 1_000_003 + number) % 2**31,
                 )  # fmt: skip
                 state = self.state[parameter]
-                adam_update(parameter.detach(), state[MASTER], grad, *(state[name] for name in MOMENTS), self.grad_norm, values)
+                first, second = (state[name] for name in MOMENTS)
+                adam_update(parameter.detach(), state[MASTER], grad, first, second, self.grad_norm, values)
 
     def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
         """A state as float32; the master weights out of their halves."""

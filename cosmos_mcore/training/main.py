@@ -14,6 +14,7 @@ from cosmos_mcore.config import load_config, to_yaml
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.parallel.command_line import configure_logging
 from cosmos_mcore.parallel.launch import is_rank_zero, processes_to_start, run_processes, world_size
+from cosmos_mcore.training.plan import estimate_memory, keys_that_save_memory
 from cosmos_mcore.training.preflight import derived_numbers, preflight
 
 
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(config: RunConfig) -> None:
+    import torch
+
     from cosmos_mcore.parallel.initialize import shut_down
     from cosmos_mcore.training.setup import set_up
     from cosmos_mcore.training.trainer import Trainer
@@ -72,5 +75,12 @@ def _train(config: RunConfig) -> None:
     if is_rank_zero():
         for line in derived_numbers(config, world_size()).splitlines():
             logging.getLogger(__name__).info(line)
-    Trainer(set_up(config)).train()
+    try:
+        Trainer(set_up(config)).train()
+    except torch.OutOfMemoryError as error:
+        helps = "; ".join(keys_that_save_memory(config, world_size()))
+        raise ValueError(
+            f"the GPU's memory is full ({str(error).split('. GPU')[0]}); the run was estimated to need "
+            f"{estimate_memory(config, world_size())}. What helps, most first: {helps}"
+        ) from error
     shut_down()

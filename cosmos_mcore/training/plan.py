@@ -7,6 +7,7 @@ layouts in time.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from cosmos_mcore.config.derived import (
     SPATIAL_COMPRESSION,
     TEMPORAL_COMPRESSION,
-    VideoLayout,
     derive_video_layout,
     num_microbatches,
 )
@@ -176,7 +176,9 @@ def estimate_step_seconds(config: RunConfig, world_size: int) -> float:
     if tp > 1:  # four all-gathers and four reduce-scatters a layer, forward and backward
         traffic += 8 * passes * arch.num_layers / pp * length * clips / cp * arch.hidden_size * 2 * (tp - 1) / tp
     if cp > 1:  # keys and values round the ring, and their gradients back
-        traffic += 3 * arch.num_layers / pp * length * clips * arch.num_query_groups * arch.kv_channels * 4 * (cp - 1) / cp
+        traffic += (
+            3 * arch.num_layers / pp * length * clips * arch.num_query_groups * arch.kv_channels * 4 * (cp - 1) / cp
+        )
     one = compute + traffic / bandwidth
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     forward_backward = one * (microbatches + (pp - 1) / virtual)
@@ -273,3 +275,15 @@ def clip_of_tokens(tokens: int) -> tuple[int, int]:
     per_frame = tokens / ((33 - 1) // TEMPORAL_COMPRESSION + 1)
     rows = max(1, round(math.sqrt(per_frame * 0.6)))
     return rows * SPATIAL_COMPRESSION, max(1, round(per_frame / rows)) * SPATIAL_COMPRESSION
+
+
+def parse_gpus(text: str) -> tuple[int, float]:
+    """``8x80G``: eight GPUs of 80 GiB each, as (count, bytes).
+
+    Raises:
+        ValueError: for another form.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)G?", text, re.IGNORECASE)
+    if not match or not int(match[1]) or not int(match[2]):
+        raise ValueError(f"--gpus={text} must be a count and the memory of each GPU, for example 8x80G")
+    return int(match[1]), int(match[2]) * 2.0**30

@@ -12,6 +12,7 @@ from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import find_files
 from cosmos_mcore.model.presets import resolve_arch
 from cosmos_mcore.parallel.layout import check_layout, check_num_microbatches, check_world_size, model_parallel_size
+from cosmos_mcore.training.plan import estimate_memory
 
 
 def preflight(config: RunConfig, world_size: int) -> None:
@@ -81,6 +82,7 @@ def derived_numbers(config: RunConfig, world_size: int) -> str:
         f"x CP {parallel.context_parallel_size} x DP {data_parallel_size(config, count)}",
         "micro-batches per step": f"{num_microbatches(config, count)} of {config.training.micro_batch_size} clips",
         "tokens per step": config.training.global_batch_size * layout.sequence_length,
+        "memory of a GPU, estimated": estimate_memory(config, count),
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())

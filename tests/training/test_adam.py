@@ -61,7 +61,9 @@ def test_same_updates_as_torch(dtype, clip_grad):
         reference.step()
     master = adam.get_unscaled_state(parameter, "master_param")
     assert torch.allclose(master.double(), exact.detach(), rtol=2e-6, atol=2e-6)
-    assert torch.allclose(parameter.double(), exact.detach(), rtol=2**-8 if dtype is torch.bfloat16 else 2e-6, atol=2e-6)
+    assert torch.allclose(
+        parameter.double(), exact.detach(), rtol=2**-8 if dtype is torch.bfloat16 else 2e-6, atol=2e-6
+    )
 
 
 def test_tiny_updates_of_a_bf16_weight_add_up():
