@@ -47,6 +47,10 @@ def build_optimizer(config: RunConfig, model: list[DistributedDataParallel]) -> 
         if isinstance(part, DistributedOptimizer):
             moments = DTYPES[config.precision.moments]
             part.optimizer = Adam(part.optimizer.param_groups, clip_grad=settings.clip_grad, moments_dtype=moments)
+    for group in optimizer.param_groups:
+        # Megatron finds a checkpoint's groups by these numbers, so that a run could not be resumed with another rate.
+        for name in ("max_lr", "min_lr"):
+            group.pop(name, None)
     return optimizer
 
 
