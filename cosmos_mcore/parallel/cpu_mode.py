@@ -99,4 +99,4 @@ def enable() -> None:
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     _mode = CudaAsCpu()
     _mode.__enter__()
-    logger.warning("no CUDA device: running in CPU mode (gloo, torch attention); fine for tests, slow for large models")
+    logger.info("no CUDA device: running in CPU mode (gloo, torch attention); fine for tests, slow for large models")
