@@ -1,9 +1,10 @@
-"""Does FP8 learn as bf16 does? The loss of each recipe over the same real clips from the same random weights.
+"""Does FP8 learn as bf16 does? The loss of each recipe over the same real clips from the same weights.
 
     python benchmarks/gpu_fp8_loss.py --videos folder --output fp8_loss.json [--plot docs/images/fp8_loss.png]
     python benchmarks/gpu_fp8_loss.py --output fp8_loss.json --plot docs/images/fp8_loss.png   # only draws
 
-Clips are tokenized once, before the first run. The curves are smoothed over 20 steps before they are compared. The
+The weights are those of a bf16 run of ``--start_steps`` steps from random ones: the first steps from random weights go down
+so steeply that a shift of one step is several percent. Clips are tokenized once, before the first run. The curves are smoothed over 20 steps before they are compared. The
 second bf16 run shows what attention's order of additions alone makes of the same start.
 """
 
@@ -54,12 +55,26 @@ def read_clips(config: RunConfig, steps: int) -> list[Tensor]:
     return batches
 
 
-def curve(config: RunConfig, batches: list[Tensor]) -> list[float]:
-    """Cross entropy of every step."""
+def train(config: RunConfig, batches: list[Tensor], weights: list[Tensor] | None) -> tuple[list[float], list[Tensor]]:
+    """Trains on every batch once.
+
+    Args:
+        config: the run's.
+        batches: ids of each step.
+        weights: to start from; None: random ones.
+
+    Returns:
+        Cross entropy of every step, and the weights after the last, on the CPU.
+    """
     arch, layout = resolve_arch(config.model), derive_video_layout(config)
     device = groups.initialize(config.parallel, config.training.seed)
     chunks, model, optimizer = build_trainable(config, arch, layout, device)
-    random_weights(chunks, config.training.seed)
+    if weights is None:
+        random_weights(chunks, config.training.seed)
+    else:
+        with torch.no_grad():
+            for parameter, value in zip(chunks[0].parameters(), weights, strict=True):
+                parameter.copy_(value)
     optimizer.reload_model_params()
     positions = LossPositions(layout, arch, config.model.z_loss_coeff, device)
     pending = []
@@ -67,9 +82,10 @@ def curve(config: RunConfig, batches: list[Tensor]) -> list[float]:
         set_learning_rate(optimizer, learning_rate(config, step))
         pending.append(train_step(model, optimizer, positions, batch.to(device), config.training.micro_batch_size))
     losses = [result.read().loss for result in pending]
+    final = [parameter.detach().cpu() for parameter in chunks[0].parameters()]
     del chunks, model, optimizer, positions, pending
     release()
-    return losses
+    return losses, final
 
 
 def smooth(losses: list[float]) -> Tensor:
@@ -117,6 +133,7 @@ def main() -> None:
     parser.add_argument("--videos", help="folder with MP4 files; without it nothing runs and --output is read")
     parser.add_argument("--config", default=str(ROOT / "conf/teal_tp1.yaml"))
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--start_steps", type=int, default=300)
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the curves")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -126,14 +143,17 @@ def main() -> None:
             f"data.path={args.videos}", "tokenizer.name=haar", "tokenizer.path=null", "precision.main_grads=bf16",
             "precision.moments=bf16", *args.overrides,
         ]  # fmt: skip
-        batches = read_clips(load_config(args.config, keys), args.steps)
+        batches = read_clips(load_config(args.config, keys), args.start_steps + args.steps)
+        begin = load_config(args.config, [*keys, "optimizer.lr=1e-4", "schedule.warmup_iters=50"])
+        before, weights = train(begin, batches[: args.start_steps], None)
+        print("start", before[-1], flush=True)
         curves: dict[str, list[float]] = {}
         for name, recipe in RECIPES.items():
             config = load_config(args.config, [*keys, f"precision.fp8={recipe or 'null'}"])
-            curves[name] = curve(config, batches)
+            curves[name], _ = train(config, batches[args.start_steps :], weights)
             data = config.data
-            title = f"{config.model.preset}, {data.num_frames}x{data.height}x{data.width}, real clips, random start"
-            result = {"title": title, "steps": args.steps, "overrides": keys[1:], **environment(), "curves": curves}
+            title = f"{config.model.preset}, {data.num_frames}x{data.height}x{data.width}, real clips"
+            result = {"title": title, "overrides": keys[1:], "before": before, **environment(), "curves": curves}
             result["largest_difference"] = differences(curves)
             args.output.write_text(json.dumps(result))
             print(name, result["largest_difference"].get(name), curves[name][-1], flush=True)
