@@ -3,9 +3,10 @@
     python benchmarks/gpu_fp8_loss.py --videos folder --output fp8_loss.json [--plot docs/images/fp8_loss.png]
     python benchmarks/gpu_fp8_loss.py --output fp8_loss.json --plot docs/images/fp8_loss.png   # only draws
 
-The weights are those of a bf16 run of ``--start_steps`` steps from random ones: the first steps from random weights go down
-so steeply that a shift of one step is several percent. Clips are tokenized once, before the first run. The curves are smoothed over 20 steps before they are compared. The
-second bf16 run shows what attention's order of additions alone makes of the same start.
+The weights are those of a bf16 run of ``--start_steps`` steps from random ones: the first steps from random weights go
+down so steeply that a shift of one step is several percent. Clips are tokenized once, before the first run. The curves
+are smoothed over 20 steps before they are compared. The second bf16 run shows what attention's order of additions alone
+makes of the same start.
 """
 
 from __future__ import annotations
