@@ -1,0 +1,285 @@
+"""Triton kernels of the decode step; ``triton_ops`` calls them and says what they compute.
+
+One token per sequence is too little work for matrix libraries: time goes into reading weights and cache once, and into
+the number of kernels. So what surrounds a product (norm, SwiGLU, residual) is computed inside its kernel, and all
+bounds that change from token to token are read from memory on the device, so one CUDA graph serves every position.
+"""
+
+# Triton compiles these functions from their source: types are those of Triton, and annotations mean compile-time.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def linear_kernel(
+    x,
+    weight,
+    scale,
+    norm,
+    residual,
+    out,
+    rows,
+    n_size,
+    k_size,
+    eps,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    SCALED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Each program: BLOCK_N channels of all rows. The norm's scale is the same for a whole row, so it comes last."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    n_in = n < n_size
+    m_in = m < rows
+    row = n.to(tl.int64)[:, None] * k_size
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, k_size, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        k_in = k < k_size
+        inside = n_in[:, None] & k_in[None, :]
+        part = tl.load(x + m[None, :] * k_size + k[:, None], mask=k_in[:, None] & m_in[None, :], other=0.0)
+        if NORM:
+            wide = part.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=0)
+            gain = tl.load(norm + k, mask=k_in, other=0.0).to(tl.float32)
+            part = (wide * gain[:, None]).to(part.dtype)
+        block = tl.load(weight + row + k[None, :], mask=inside, other=0.0).to(part.dtype)
+        acc = tl.dot(block, part, acc, input_precision="ieee")
+        if GATED:
+            lower = weight + n_size.to(tl.int64) * k_size
+            block = tl.load(lower + row + k[None, :], mask=inside, other=0.0).to(part.dtype)
+            up = tl.dot(block, part, up, input_precision="ieee")
+    if SCALED:
+        acc *= tl.load(scale + n, mask=n_in, other=0.0)[:, None]
+        if GATED:
+            up *= tl.load(scale + n_size + n, mask=n_in, other=0.0)[:, None]
+    if NORM:
+        factor = tl.rsqrt(squares / k_size + eps)[None, :]
+        acc *= factor
+        up *= factor
+    if GATED:
+        acc = acc / (1.0 + tl.exp(-acc)) * up
+    at = m[None, :] * n_size + n[:, None]
+    inside = n_in[:, None] & m_in[None, :]
+    if RESIDUAL:
+        acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_and_store_kernel(
+    qkv,
+    query,
+    keys,
+    values,
+    position,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    capacity,
+    eps,
+    QUERIES: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Each program: one query group of one row."""
+    group = tl.program_id(0)
+    d = tl.arange(0, BLOCK_HALF)
+    inside = d < HALF
+    at = tl.load(position).to(tl.int64)
+    turn_cos = tl.load(cos + at * HALF + d, mask=inside, other=0.0)
+    turn_sin = tl.load(sin + at * HALF + d, mask=inside, other=0.0)
+    source = qkv + group * (QUERIES + 2) * 2 * HALF + d
+    cached = (group.to(tl.int64) * capacity + at) * 2 * HALF + d
+    for head in tl.static_range(QUERIES + 1):
+        first = tl.load(source + head * 2 * HALF, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(source + head * 2 * HALF + HALF, mask=inside, other=0.0).to(tl.float32)
+        gains = q_norm if head < QUERIES else k_norm
+        factor = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / (2 * HALF) + eps)
+        first *= factor * tl.load(gains + d, mask=inside, other=0.0).to(tl.float32)
+        second *= factor * tl.load(gains + HALF + d, mask=inside, other=0.0).to(tl.float32)
+        target = query + (group * QUERIES + head) * 2 * HALF + d if head < QUERIES else keys + cached
+        kind = query.dtype.element_ty
+        tl.store(target, (first * turn_cos - second * turn_sin).to(kind), mask=inside)
+        tl.store(target + HALF, (second * turn_cos + first * turn_sin).to(kind), mask=inside)
+    value = source + (QUERIES + 1) * 2 * HALF
+    tl.store(values + cached, tl.load(value, mask=inside), mask=inside)
+    tl.store(values + cached + HALF, tl.load(value + HALF, mask=inside), mask=inside)
+
+
+@triton.jit
+def attend_kernel(
+    query,
+    keys,
+    values,
+    position,
+    partial,
+    maxima,
+    sums,
+    capacity,
+    scale,
+    QUERIES: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Each program: the queries of one group of one row against one part of the filled cache."""
+    group = tl.program_id(0)
+    split = tl.program_id(1)
+    length = tl.load(position).to(tl.int32) + 1
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
+    first = split * share
+    last = tl.minimum(first + share, length)
+    h = tl.arange(0, BLOCK_Q)
+    d = tl.arange(0, BLOCK_D)
+    h_in = h < QUERIES
+    d_in = d < SIZE
+    heads = group * QUERIES + h
+    q = tl.load(query + heads[:, None] * SIZE + d[None, :], mask=h_in[:, None] & d_in[None, :], other=0.0)
+    base = group.to(tl.int64) * capacity * SIZE
+    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for start in range(first, last, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        s_in = s < last
+        k = tl.load(keys + base + s[None, :] * SIZE + d[:, None], mask=s_in[None, :] & d_in[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        scores = tl.where(s_in[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v = tl.load(values + base + s[:, None] * SIZE + d[None, :], mask=s_in[:, None] & d_in[None, :], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = higher
+    at = heads * SPLITS + split
+    tl.store(maxima + at, top, mask=h_in)
+    tl.store(sums + at, total, mask=h_in)
+    tl.store(partial + at[:, None] * SIZE + d[None, :], acc, mask=h_in[:, None] & d_in[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    partial, maxima, sums, out, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Each program: one head of one row. Parts of the cache that are still empty have a sum of 0."""
+    head = tl.program_id(0)
+    at = head * SPLITS + tl.arange(0, SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    d_in = d < SIZE
+    top = tl.load(maxima + at)
+    weights = tl.exp2(top - tl.max(top, axis=0))
+    acc = tl.load(partial + at[:, None] * SIZE + d[None, :], mask=d_in[None, :], other=0.0)
+    whole = tl.sum(acc * weights[:, None], axis=0) / tl.sum(tl.load(sums + at) * weights, axis=0)
+    tl.store(out + head * SIZE + d, whole.to(out.dtype.element_ty), mask=d_in)
+
+
+@triton.jit
+def _weight_above(shares, bits, floor, v_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum, or number, of the shares above the number with these bits, those below ``floor`` left out."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, v_size, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        share = tl.load(shares + v, mask=v < v_size, other=0.0)
+        key = share.to(tl.int32, bitcast=True)
+        taken = (key > bits) & (key >= floor) & (v < v_size)
+        if COUNT:
+            total += tl.where(taken, 1.0, 0.0)
+        else:
+            total += tl.where(taken, share, 0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _threshold(shares, limit, floor, v_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Bits of the smallest number above which no more than ``limit`` lies.
+
+    Non-negative floats are in the order of their bits, so bisecting the bits is exact. The largest share is 1.
+    """
+    low = floor - 1
+    high = tl.full((), 0x3F800000, tl.int32)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        if _weight_above(shares, middle, floor, v_size, COUNT, BLOCK) <= limit:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@triton.jit
+def sample_kernel(
+    logits,
+    shares,
+    out,
+    seeds,
+    position,
+    v_size,
+    inverse_temperature,
+    top_p,
+    top_k,
+    GREEDY: tl.constexpr,
+    TOP_P: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Each program: one row. ``shares`` [B, V] float32 is scratch: probabilities relative to the largest."""
+    row = tl.program_id(0)
+    logits += row * v_size
+    shares += row * v_size
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, v_size, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        best = tl.maximum(best, tl.load(logits + v, mask=v < v_size, other=float("-inf")))
+    highest = tl.max(best, axis=0)
+    floor = tl.full((), 0, tl.int32)
+    seed = tl.load(seeds + row)
+    at = tl.load(position).to(tl.int32)
+    if not GREEDY:
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, v_size, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            logit = tl.load(logits + v, mask=v < v_size, other=float("-inf"))
+            share = tl.exp((logit - highest) * inverse_temperature)
+            tl.store(shares + v, share, mask=v < v_size)
+            sums += share
+        tl.debug_barrier()  # other threads may read what this one wrote
+        total = tl.sum(sums, axis=0)
+        if TOP_K:
+            floor = _threshold(shares, top_k - 0.5, floor, v_size, True, BLOCK)
+            total = _weight_above(shares, floor - 1, floor, v_size, False, BLOCK)
+        if TOP_P:
+            floor = _threshold(shares, top_p * total, floor, v_size, False, BLOCK)
+    winner = tl.full((BLOCK,), -1.0, tl.float32)
+    token = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, v_size, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        if GREEDY:
+            logit = tl.load(logits + v, mask=v < v_size, other=float("-inf"))
+            ratio = tl.where(logit == highest, 1.0, 0.0)
+        else:
+            share = tl.load(shares + v, mask=v < v_size, other=0.0)
+            # One Philox stream per seed; no two positions share a number. -log(1 - u), whose small values decide, by
+            # its series where the difference would cost digits.
+            u = tl.rand(seed, at * v_size + v)
+            noise = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u / 3.0)), -tl.log(1.0 - u))
+            kept = (share.to(tl.int32, bitcast=True) >= floor) & (v < v_size)
+            ratio = tl.where(kept, share / tl.maximum(noise, 1.0e-10), -1.0)
+        token = tl.where(ratio > winner, v, token)
+        winner = tl.maximum(winner, ratio)
+    reached = winner == tl.max(winner, axis=0)
+    tl.store(out + row, tl.min(tl.where(reached, token, v_size), axis=0).to(tl.int64))

@@ -1,0 +1,158 @@
+"""The parts of the decode step on GPUs, at the speed of memory: the functions of ``torch_ops`` as Triton kernels.
+
+None of them asks the device for a value, so the whole step can be captured in one CUDA graph. Tile sizes follow from
+shapes alone, not from timing: the same seed gives the same video in every run on the same kind of GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from cosmos_mcore.inference import triton_kernels as kernels
+from cosmos_mcore.inference.sampling import SMALLEST_TEMPERATURE, SamplingOptions
+from cosmos_mcore.inference.weights import Matrix
+
+MAX_ROWS = 16  # the tensor cores' smallest tile: more rows would read the weights again
+_BLOCK_N, _BLOCK_K, _WARPS, _STAGES = 32, 256, 2, 4  # per program 64 KiB on the way: two or three programs fill an SM
+_ATTEND_BLOCK = 64
+ATTEND_PROGRAMS = 256  # about two per SM of an H100
+_SAMPLE_BLOCK = 8192
+
+
+def linear(
+    x: Tensor,
+    weight: Matrix,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """As ``torch_ops.linear``, for at most ``MAX_ROWS`` rows; sums in float32."""
+    rows, inner = x.shape
+    assert rows <= MAX_ROWS and x.is_contiguous() and weight.data.is_contiguous()
+    channels = len(weight.data) // (2 if gated else 1)
+    out = torch.empty(rows, channels, dtype=dtype or x.dtype, device=x.device)
+    kernels.linear_kernel[(triton.cdiv(channels, _BLOCK_N),)](
+        x,
+        weight.data,
+        weight.data if weight.scale is None else weight.scale,
+        x if norm is None else norm,
+        x if residual is None else residual,
+        out,
+        rows,
+        channels,
+        inner,
+        eps,
+        NORM=norm is not None,
+        GATED=gated,
+        SCALED=weight.scale is not None,
+        RESIDUAL=residual is not None,
+        BLOCK_M=MAX_ROWS,
+        BLOCK_N=_BLOCK_N,
+        BLOCK_K=_BLOCK_K // 2 if gated else _BLOCK_K,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+    )
+    return out
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+) -> Tensor:
+    """As ``torch_ops.rotate_and_store``."""
+    batch, groups, capacity, size = keys.shape
+    queries = qkv.size(1) // (groups * size) - 2
+    query = torch.empty(batch, groups * queries, size, dtype=qkv.dtype, device=qkv.device)
+    kernels.rotate_and_store_kernel[(batch * groups,)](
+        qkv,
+        query,
+        keys,
+        values,
+        position,
+        cos,
+        sin,
+        q_norm,
+        k_norm,
+        capacity,
+        eps,
+        QUERIES=queries,
+        HALF=size // 2,
+        BLOCK_HALF=triton.next_power_of_2(size // 2),
+        num_warps=1,
+    )
+    return query
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    """As ``torch_ops.attend``: parts of the cache in parallel (split KV), then combined."""
+    batch, heads, size = query.shape
+    groups, capacity = keys.shape[1:3]
+    queries = heads // groups
+    splits = min(64, max(1, 2 ** round(math.log2(ATTEND_PROGRAMS / (batch * groups)))))
+    partial = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=query.device)
+    maxima, sums = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=query.device)
+    block_d = max(16, triton.next_power_of_2(size))
+    kernels.attend_kernel[(batch * groups, splits)](
+        query,
+        keys,
+        values,
+        position,
+        partial,
+        maxima,
+        sums,
+        capacity,
+        math.log2(math.e) / math.sqrt(size),
+        QUERIES=queries,
+        SIZE=size,
+        BLOCK_Q=max(16, triton.next_power_of_2(queries)),
+        BLOCK_D=block_d,
+        BLOCK_S=_ATTEND_BLOCK,
+        SPLITS=splits,
+        num_warps=4,
+        num_stages=3,
+    )
+    out = torch.empty(batch, heads * size, dtype=query.dtype, device=query.device)
+    kernels.combine_kernel[(batch * heads,)](
+        partial, maxima, sums, out, SIZE=size, BLOCK_D=block_d, SPLITS=splits, num_warps=4
+    )
+    return out
+
+
+def sample(logits: Tensor, options: SamplingOptions, seeds: Tensor, position: Tensor) -> Tensor:
+    """As ``torch_ops.sample``, from one kernel; its random numbers are others than on a CPU."""
+    rows, vocabulary = logits.shape
+    assert logits.dtype == torch.float32 and logits.is_contiguous()
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    greedy = options.temperature == 0
+    top_k = options.top_k if options.top_k is not None and options.top_k < vocabulary else None
+    kernels.sample_kernel[(rows,)](
+        logits,
+        torch.empty_like(logits),
+        token,
+        seeds,
+        position,
+        vocabulary,
+        1.0 / max(options.temperature, SMALLEST_TEMPERATURE),
+        0.0 if options.top_p is None else options.top_p,
+        float(top_k or 0),
+        GREEDY=greedy,
+        TOP_P=options.top_p is not None,
+        TOP_K=top_k is not None,
+        BLOCK=min(_SAMPLE_BLOCK, triton.next_power_of_2(vocabulary)),
+        num_warps=32,
+    )
+    return token
