@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cosmos_mcore.config.derived import VideoLayout
 from cosmos_mcore.inference import torch_ops
-from cosmos_mcore.inference.sampling import SamplingOptions
 from cosmos_mcore.inference.weights import LayerWeights, Matrix, Weights
 from cosmos_mcore.model.cross_attention import PositionTable
 from cosmos_mcore.model.presets import ModelArch
@@ -26,13 +25,23 @@ from cosmos_mcore.model.rotary import rotary_angles
 
 
 class Ops(Protocol):
-    """What ``torch_ops`` and ``triton_ops`` provide; see the former."""
+    """What the modules ``torch_ops`` and ``triton_ops`` provide; the former describes arguments and results."""
 
-    MAX_ROWS: int | None
-    linear: Callable[..., Tensor]
-    rotate_and_store: Callable[..., Tensor]
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    sample: Callable[[Tensor, SamplingOptions, Tensor, Tensor], Tensor]
+    @property
+    def MAX_ROWS(self) -> int | None:
+        """Sequences at a time; None: any number."""
+
+    def linear(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``torch_ops.linear``."""
+
+    def rotate_and_store(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``torch_ops.rotate_and_store``."""
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``torch_ops.attend``."""
+
+    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``torch_ops.sample``."""
 
 
 @dataclass(frozen=True)

@@ -173,9 +173,7 @@ def attend_kernel(
 
 
 @triton.jit
-def combine_kernel(
-    partial, maxima, sums, out, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr
-):
+def combine_kernel(partial, maxima, sums, out, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
     """Each program: one head of one row. Parts of the cache that are still empty have a sum of 0."""
     head = tl.program_id(0)
     at = head * SPLITS + tl.arange(0, SPLITS)

@@ -12,11 +12,10 @@ from cosmos_mcore.config import RunConfig
 from cosmos_mcore.inference.generate import TokenGenerator
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.sampling import SamplingOptions
-from cosmos_mcore.inference.weights import quantize, weights_of
+from cosmos_mcore.inference.weights import weights_of
 from cosmos_mcore.parallel.initialize import initialize, shut_down
 from tests.conftest import GOLDEN
 from tests.golden_model import golden_model
-
 
 GREEDY, DRAWN = SamplingOptions(0), SamplingOptions(1.0, 0.9)
 

@@ -45,7 +45,8 @@ def linears(random):
         }.items():
             matrix, options = arguments
             expected = torch_ops.linear(x, matrix, **options)
-            yield f"linear {name} {rows}", difference(triton_ops.linear(x, matrix, **options), expected) / expected.std()
+            result = triton_ops.linear(x, matrix, **options)
+            yield f"linear {name} {rows}", difference(result, expected) / expected.std()
 
 
 def attentions(random):
