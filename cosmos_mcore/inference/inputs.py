@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cosmos_mcore.inference.video_io import read_conditioning
+from cosmos_mcore.parallel.launch import is_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class Failures:
     def add(self, where: str, error: object) -> None:
         """Notes and tells one."""
         self.lines.append(f"{where}: {error}")
-        logger.error("error: %s: %s; going on with the next input", where, error)
+        if is_rank_zero():
+            logger.error("error: %s: %s; going on with the next input", where, error)
 
 
 def read_batch_file(path: Path, failures: Failures) -> list[Item]:

@@ -125,7 +125,8 @@ def main(arguments: list[str]) -> int:
             name = item.name if args.num_samples == 1 else f"{item.name}_{number}"
             _write(pipeline, args, config, item, name, made, video, clip)
     shut_down()
-    if failures.lines:
+    # Not on other ranks: the launcher would end the first one, which may still be writing.
+    if failures.lines and is_rank_zero():
         logger.error("%d of %d inputs gave no video", len(failures.lines), len(items))
         return USER_ERROR
     return 0

@@ -39,7 +39,7 @@ def tokens(name, config, rank):
     prompt = torch.cat((prompt, prompt[:1].flip(1)))
     text = None if text is None else torch.cat((text, text[:1]))
     length = 0 if text is None else text.size(1)
-    new = network.capacity - 24
+    new = 20
     results = {}
     for batch in (1, 3):
         generator = TokenGenerator(network, batch, GREEDY, length)
@@ -47,13 +47,12 @@ def tokens(name, config, rank):
         ids = generator(prompt[rows[0]], new, [0] * batch, rows[1])
         context = None if rows[1] is None else rows[1].transpose(0, 1)
         logits = gather_from_tensor_model_parallel_region(model(ids, context=context)).transpose(0, 1)
-        results[f"greedy {batch}"] = {"ids": ids, "logits": logits}
-    # The cache's logits, position by position, on the golden tokens.
-    cache, steps = network.new_cache(2, length), []
-    given = case["tokens"]
-    steps.append(network.prefill(given[:, :5], cache, case["context"]))
-    for at in range(5, given.size(1)):
-        steps.append(network.decode(given[:, at], torch.tensor([at]), cache))
+        results[f"greedy {batch}"] = {"ids": ids, "logits": logits, "new": new}
+    # The cache's logits of the last positions of the golden tokens, one by one.
+    cache, given = network.new_cache(2, length), case["tokens"]
+    first = given.size(1) - 10
+    steps = [network.prefill(given[:, :first], cache, case["context"])]
+    steps += [network.decode(given[:, at], torch.tensor([at]), cache) for at in range(first, given.size(1))]
     results["cached logits"] = torch.stack(steps, 1)
     # A seed of its own on every rank: only the first rank's draw may count.
     drawn = TokenGenerator(network, 3, DRAWN, length)
@@ -61,7 +60,7 @@ def tokens(name, config, rank):
     single = TokenGenerator(network, 1, DRAWN, length)
     row = None if text is None else text[1:2]
     results["drawn alone"] = single(prompt[1:2], new, [7], row)
-    results["too long"] = error_of(single, prompt[:1], new + 1, [0], row)
+    results["too long"] = error_of(single, prompt[:1], network.capacity - 23, [0], row)
     results["other batch"] = error_of(single, prompt, new, [0, 0, 0], text)
     results["text"] = error_of(network.prefill, prompt, cache, None if text is not None else torch.zeros(3, 2, 8))
     model.post_process = False
