@@ -73,12 +73,17 @@ class TokenGenerator:
         self._position.fill_(length - 1)
         self._draw(self.network.prefill(prompt, self._cache, text))
         for _ in range(num_new_tokens - 1):
-            if self._graph is None:
-                self._step()
-            else:
-                self._graph.replay()
+            self.advance()
         return self._ids[:, : length + num_new_tokens].clone()
 
+    def advance(self) -> None:
+        """One more token for each sequence, where there is a position left; asks the device for nothing."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
+    @torch.no_grad()
     def _step(self) -> None:
         self._draw(self.network.decode(self._tokens, self._position, self._cache))
 
@@ -94,7 +99,6 @@ class TokenGenerator:
         self._ids.index_copy_(1, self._position, tokens[:, None])
 
 
-@torch.no_grad()
 def _capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Captures a step in a graph. The cache that the trial runs write is overwritten by the first prompt."""
     stream = torch.cuda.Stream()

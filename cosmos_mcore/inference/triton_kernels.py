@@ -187,36 +187,42 @@ def combine_kernel(partial, maxima, sums, out, SIZE: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
-def _weight_above(shares, bits, floor, v_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum, or number, of the shares above the number with these bits, those below ``floor`` left out."""
+def _above(shares, bits, floor, v_size, BLOCK: tl.constexpr):
+    """Sum and number of the shares above the number with these bits, those below ``floor`` left out."""
     total = tl.zeros((BLOCK,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, v_size, BLOCK):
         v = start + tl.arange(0, BLOCK)
         share = tl.load(shares + v, mask=v < v_size, other=0.0)
         key = share.to(tl.int32, bitcast=True)
         taken = (key > bits) & (key >= floor) & (v < v_size)
-        if COUNT:
-            total += tl.where(taken, 1.0, 0.0)
-        else:
-            total += tl.where(taken, share, 0.0)
-    return tl.sum(total, axis=0)
+        total += tl.where(taken, share, 0.0)
+        count += tl.where(taken, 1.0, 0.0)
+    return tl.sum(total, axis=0), tl.sum(count, axis=0)
 
 
 @triton.jit
 def _threshold(shares, limit, floor, v_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Bits of the smallest number above which no more than ``limit`` lies.
+    """Bits of a number: from it on the shares are kept, since no more than ``limit`` lies above each of them.
 
-    Non-negative floats are in the order of their bits, so bisecting the bits is exact. The largest share is 1.
+    Non-negative floats are in the order of their bits, so bisecting the bits is exact. The largest share is 1. With one
+    share left between the bounds all is said: what lies above it is what lies above the upper bound.
     """
     low = floor - 1
     high = tl.full((), 0x3F800000, tl.int32)
-    while high - low > 1:
+    above_low = v_size.to(tl.float32)
+    above_high = tl.full((), 0.0, tl.float32)
+    while (high - low > 1) & (above_low - above_high > 1.5):
         middle = low + (high - low) // 2
-        if _weight_above(shares, middle, floor, v_size, COUNT, BLOCK) <= limit:
+        total, count = _above(shares, middle, floor, v_size, BLOCK)
+        weight = count if COUNT else total
+        if weight <= limit:
             high = middle
+            above_high = count
         else:
             low = middle
-    return high
+            above_low = count
+    return low + 1
 
 
 @triton.jit
@@ -259,7 +265,7 @@ def sample_kernel(
         total = tl.sum(sums, axis=0)
         if TOP_K:
             floor = _threshold(shares, top_k - 0.5, floor, v_size, True, BLOCK)
-            total = _weight_above(shares, floor - 1, floor, v_size, False, BLOCK)
+            total, _ = _above(shares, floor - 1, floor, v_size, BLOCK)
         if TOP_P:
             floor = _threshold(shares, top_p * total, floor, v_size, False, BLOCK)
     winner = tl.full((BLOCK,), -1.0, tl.float32)

@@ -7,6 +7,7 @@ shapes alone, not from timing: the same seed gives the same video in every run o
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,10 +18,24 @@ from cosmos_mcore.inference.sampling import SMALLEST_TEMPERATURE, SamplingOption
 from cosmos_mcore.inference.weights import Matrix
 
 MAX_ROWS = 16  # the tensor cores' smallest tile: more rows would read the weights again
-_BLOCK_N, _BLOCK_K, _WARPS, _STAGES = 32, 256, 2, 4  # per program 64 KiB on the way: two or three programs fill an SM
 _ATTEND_BLOCK = 64
 ATTEND_PROGRAMS = 256  # about two per SM of an H100
 _SAMPLE_BLOCK = 8192
+
+
+class Tiles(NamedTuple):
+    """How a matrix product is cut: channels and inputs per step of a program, its warps, and steps on the way."""
+
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# By the bytes of a weight. At 3 TB/s some 25 KiB on the way per SM bridge memory's latency; the smallest product of the
+# 4B (4,096 channels) is one program per SM, and has 32 KiB on the way beside the 16 that it works on.
+TILES = {4: Tiles(32, 128, 4, 3), 2: Tiles(32, 256, 2, 4), 1: Tiles(32, 256, 2, 6)}
+GATED_TILES = {4: Tiles(32, 64, 4, 3), 2: Tiles(32, 128, 2, 4), 1: Tiles(32, 128, 2, 6)}  # two matrices at once
 
 
 def linear(
@@ -38,7 +53,8 @@ def linear(
     assert rows <= MAX_ROWS and x.is_contiguous() and weight.data.is_contiguous()
     channels = len(weight.data) // (2 if gated else 1)
     out = torch.empty(rows, channels, dtype=dtype or x.dtype, device=x.device)
-    kernels.linear_kernel[(triton.cdiv(channels, _BLOCK_N),)](
+    tiles = (GATED_TILES if gated else TILES)[weight.data.element_size()]
+    kernels.linear_kernel[(triton.cdiv(channels, tiles.n),)](
         x,
         weight.data,
         weight.data if weight.scale is None else weight.scale,
@@ -54,10 +70,10 @@ def linear(
         SCALED=weight.scale is not None,
         RESIDUAL=residual is not None,
         BLOCK_M=MAX_ROWS,
-        BLOCK_N=_BLOCK_N,
-        BLOCK_K=_BLOCK_K // 2 if gated else _BLOCK_K,
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        BLOCK_N=tiles.n,
+        BLOCK_K=tiles.k,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
     return out
 

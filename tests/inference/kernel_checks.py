@@ -82,7 +82,8 @@ def attentions(device, dtype=torch.float32, sizes=((2, 2, 4, 32, 200), (1, 1, 1,
 @triton.jit
 def threshold_kernel(shares, out, limit, v_size, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    bits = triton_kernels._threshold(shares + row * v_size, tl.load(limit + row), 0, v_size, False, BLOCK)
+    floor = tl.full((), 0, tl.int32)
+    bits = triton_kernels._threshold(shares + row * v_size, tl.load(limit + row), floor, v_size, False, BLOCK)
     tl.store(out + row, bits)
 
 

@@ -11,11 +11,11 @@ from cosmos_mcore.model.init import initial_tensor
 NO_GROUP = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # a process group of one, without a store
 
 
-def random_weights(arch, fp8=False, seed=0, device="cpu") -> Weights:
-    """The start weights of training, in float32."""
+def random_weights(arch, fp8=False, seed=0, device="cpu", dtype=torch.float32) -> Weights:
+    """The start weights of training."""
     shapes = original_shapes(arch)
 
     def get(name):
         return initial_tensor(name, shapes[name], arch, seed, torch.device("cpu"))
 
-    return weights_from(get, arch, torch.device(device), torch.float32, fp8)
+    return weights_from(get, arch, torch.device(device), dtype, fp8)
