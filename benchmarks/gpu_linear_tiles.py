@@ -84,11 +84,9 @@ def main() -> None:
 
         used = table[size]
         results = {}
-        for tiles in itertools.starmap(
-            Tiles, itertools.product((16, 32, 64), (64, 128, 256, 512), (1, 2, 4, 8), (3, 4, 5, 6))
-        ):
-            if not 2048 <= tiles.n * tiles.k <= 32768:
-                continue
+        shapes = ((16, 256), (16, 512), (32, 128), (32, 256), (32, 512), (64, 128), (64, 256))
+        for (channels, inputs), warps, stages in itertools.product(shapes, (2, 4, 8), (3, 4, 6)):
+            tiles = Tiles(channels, inputs, warps, stages)
             table[size] = tiles
             try:
                 results[tiles] = gb_per_s(ours, matrices)

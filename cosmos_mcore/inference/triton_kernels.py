@@ -13,6 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# FP8 turns into float16 in one instruction, into bfloat16 in several. So that inputs fit into float16, whose largest
+# number is 65504, they are made smaller before, and the result larger.
+FP8_SHRINK = tl.constexpr(2.0**-6)
+
 
 @triton.jit
 def linear_kernel(
@@ -29,42 +33,58 @@ def linear_kernel(
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
+    HALF: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """Each program: BLOCK_N channels of all rows. The norm's scale is the same for a whole row, so it comes last."""
+    """Each program: BLOCK_N channels of all rows. The norm's scale is the same for a whole row, so it comes last.
+
+    BLOCK_K inputs at a time are cut into SPLIT parts, which different warps take: a product of few rows has else too
+    little for more than two warps, and two cannot issue loads and conversions as fast as memory delivers.
+    """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, SPLIT)[:, None] * (BLOCK_K // SPLIT) + tl.arange(0, BLOCK_K // SPLIT)[None, :]
     n_in = n < n_size
     m_in = m < rows
-    row = n.to(tl.int64)[:, None] * k_size
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
+    row = n.to(tl.int64)[None, :, None] * k_size
+    parts = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
+    up_parts = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
+    squares = tl.zeros((SPLIT, BLOCK_M), tl.float32)
     for start in range(0, k_size, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+        k = start + inner
         k_in = k < k_size
-        inside = n_in[:, None] & k_in[None, :]
-        part = tl.load(x + m[None, :] * k_size + k[:, None], mask=k_in[:, None] & m_in[None, :], other=0.0)
+        part = tl.load(
+            x + m[None, None, :] * k_size + k[:, :, None], mask=k_in[:, :, None] & m_in[None, None, :], other=0.0
+        )
         if NORM:
             wide = part.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=0)
+            squares += tl.sum(wide * wide, axis=1)
             gain = tl.load(norm + k, mask=k_in, other=0.0).to(tl.float32)
-            part = (wide * gain[:, None]).to(part.dtype)
-        block = tl.load(weight + row + k[None, :], mask=inside, other=0.0).to(part.dtype)
-        acc = tl.dot(block, part, acc, input_precision="ieee")
+            part = (wide * gain[:, :, None]).to(part.dtype)
+        if HALF:
+            part = (part.to(tl.float32) * FP8_SHRINK).to(tl.float16)
+        inside = n_in[None, :, None] & k_in[:, None, :]
+        block = tl.load(weight + row + k[:, None, :], mask=inside, other=0.0).to(part.dtype)
+        parts = tl.dot(block, part, parts, input_precision="ieee")
         if GATED:
             lower = weight + n_size.to(tl.int64) * k_size
-            block = tl.load(lower + row + k[None, :], mask=inside, other=0.0).to(part.dtype)
-            up = tl.dot(block, part, up, input_precision="ieee")
+            block = tl.load(lower + row + k[:, None, :], mask=inside, other=0.0).to(part.dtype)
+            up_parts = tl.dot(block, part, up_parts, input_precision="ieee")
+    acc = tl.sum(parts, axis=0)
+    up = tl.sum(up_parts, axis=0)
+    if HALF:
+        acc /= FP8_SHRINK
+        up /= FP8_SHRINK
     if SCALED:
         acc *= tl.load(scale + n, mask=n_in, other=0.0)[:, None]
         if GATED:
             up *= tl.load(scale + n_size + n, mask=n_in, other=0.0)[:, None]
     if NORM:
-        factor = tl.rsqrt(squares / k_size + eps)[None, :]
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / k_size + eps)[None, :]
         acc *= factor
         up *= factor
     if GATED:

@@ -17,14 +17,14 @@ from cosmos_mcore.inference import triton_kernels as kernels
 from cosmos_mcore.inference.sampling import SMALLEST_TEMPERATURE, SamplingOptions
 from cosmos_mcore.inference.weights import Matrix
 
-MAX_ROWS = 16  # the tensor cores' smallest tile: more rows would read the weights again
+MAX_ROWS = 16  # two of the tensor cores' smallest tiles; with more, sums would take the registers of loads
 _ATTEND_BLOCK = 64
 ATTEND_PROGRAMS = 256  # about two per SM of an H100
 _SAMPLE_BLOCK = 8192
 
 
 class Tiles(NamedTuple):
-    """How a matrix product is cut: channels and inputs per step of a program, its warps, and steps on the way."""
+    """How a product is cut: channels and inputs per step of a program, warps that share the inputs, steps at a time."""
 
     n: int
     k: int
@@ -34,8 +34,8 @@ class Tiles(NamedTuple):
 
 # By the bytes of a weight. At 3 TB/s some 25 KiB on the way per SM bridge memory's latency; the smallest product of the
 # 4B (4,096 channels) is one program per SM, and has 32 KiB on the way beside the 16 that it works on.
-TILES = {4: Tiles(32, 128, 4, 3), 2: Tiles(32, 256, 2, 4), 1: Tiles(32, 256, 2, 6)}
-GATED_TILES = {4: Tiles(32, 64, 4, 3), 2: Tiles(32, 128, 2, 4), 1: Tiles(32, 128, 2, 6)}  # two matrices at once
+TILES = {4: Tiles(32, 128, 4, 3), 2: Tiles(32, 256, 4, 4), 1: Tiles(32, 256, 4, 6)}
+GATED_TILES = {4: Tiles(32, 64, 4, 3), 2: Tiles(32, 128, 4, 4), 1: Tiles(32, 256, 4, 4)}  # two matrices at once
 
 
 def linear(
@@ -68,10 +68,12 @@ def linear(
         NORM=norm is not None,
         GATED=gated,
         SCALED=weight.scale is not None,
+        HALF=weight.scale is not None and x.dtype is torch.bfloat16,
         RESIDUAL=residual is not None,
-        BLOCK_M=MAX_ROWS,
+        BLOCK_M=8 if rows <= 8 else MAX_ROWS,
         BLOCK_N=tiles.n,
         BLOCK_K=tiles.k,
+        SPLIT=tiles.warps,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

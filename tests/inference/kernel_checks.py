@@ -44,7 +44,7 @@ def linears(device, dtype=torch.float32, sizes=((1, 40, 300), (16, 33, 514))):
             "fp8 gated": (quantize(tall), {"gated": True}),
         }.items():
             # Expected in float32 from the same rounded numbers, but the scaled FP8 weights, which torch rounds again.
-            wide = Matrix(matrix.dense(torch.float32))
+            wide = Matrix(matrix.dense(torch.float32).float())
             expected = torch_ops.linear(
                 x.float(),
                 wide,
