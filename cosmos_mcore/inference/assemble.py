@@ -24,14 +24,19 @@ logger = logging.getLogger(__name__)
 # What the released models were trained on (spec/inference.md section 2), and where their tokenizer is downloaded to.
 RELEASED_SIZE = (33, 640, 1024)
 RELEASED_TOKENIZER = "Cosmos-Tokenize1-DV8x16x16-720p"
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds its checkpoints
 
 
 def find_run_config(checkpoint: Path) -> Path | None:
-    """The config that training has left in the folder of the checkpoint's run, if it is of a run."""
-    for folder in (checkpoint, *checkpoint.absolute().parents[:2]):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
-    return None
+    """The config of a checkpoint: beside it, or in the folder of the run whose checkpoint it is; None without one."""
+    checkpoint = checkpoint.absolute()
+    folders = [checkpoint if checkpoint.is_dir() else checkpoint.parent]
+    # RUN/checkpoints/iter_..., but not checkpoints/MODEL, where the folder above may be anything.
+    if checkpoint.name == CHECKPOINTS:
+        folders.append(checkpoint.parent)
+    elif checkpoint.parent.name == CHECKPOINTS and checkpoint.name.startswith("iter_"):
+        folders.append(checkpoint.parents[1])
+    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
 def released_config(checkpoint_dir: Path) -> RunConfig:
