@@ -34,9 +34,6 @@ class Ops(Protocol):
     def linear(self, *args: Any, **kwargs: Any) -> Tensor:
         """``torch_ops.linear``."""
 
-    def rotate_and_store(self, *args: Any, **kwargs: Any) -> Tensor:
-        """``torch_ops.rotate_and_store``."""
-
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """``torch_ops.attend``."""
 
@@ -121,11 +118,17 @@ class CachedNetwork:
         """
 
         def attend(number: int, layer: LayerWeights, qkv: Tensor) -> Tensor:
-            keys, values = cache.keys[number], cache.values[number]
-            query = self.ops.rotate_and_store(
-                qkv, keys, values, position, self.cos, self.sin, layer.q_norm, layer.k_norm, self.arch.layernorm_epsilon
+            return self.ops.attend(
+                qkv,
+                cache.keys[number],
+                cache.values[number],
+                position,
+                self.cos,
+                self.sin,
+                layer.q_norm,
+                layer.k_norm,
+                self.arch.layernorm_epsilon,
             )
-            return self.ops.attend(query, keys, values, position)
 
         def attend_text(number: int, query: Tensor) -> Tensor:
             assert cache.text_keys is not None and cache.text_values is not None

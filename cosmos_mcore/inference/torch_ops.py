@@ -78,7 +78,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def rotate_and_store(
+def attend(
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -89,11 +89,11 @@ def rotate_and_store(
     k_norm: Tensor,
     eps: float,
 ) -> Tensor:
-    """Makes the queries of one new token per row, and puts its turned key and its value into the cache.
+    """Attention of one new token per row to itself and all before it; its turned key and its value enter the cache.
 
     Args:
         qkv: [B, groups * (queries per group + 2) * D], as in ``rotated_heads``.
-        keys: [B, groups, capacity, D], this layer's cache; position ``position`` is written.
+        keys: [B, groups, capacity, D], this layer's cache; position ``position`` is written, those behind not read.
         values: as ``keys``.
         position: [1] int64, of the new token.
         cos: [capacity or more, D / 2] float32, of the angles of all positions.
@@ -103,31 +103,14 @@ def rotate_and_store(
         eps: of the norms.
 
     Returns:
-        Queries [B, heads, D].
+        [B, heads * D].
     """
     at = int(position)
     row = slice(at, at + 1)
     query, key, value = rotated_heads(qkv, cos[row], sin[row], q_norm, k_norm, keys.size(1), eps)
     keys[:, :, at], values[:, :, at] = key, value
-    return query
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """Attention of the newest token to all positions up to its own; the rest of the cache is not read.
-
-    Args:
-        query: [B, heads, D].
-        keys: [B, groups, capacity, D].
-        values: as ``keys``.
-        position: [1] int64, of the newest token.
-
-    Returns:
-        [B, heads * D].
-    """
-    filled = int(position) + 1
-    out = F.scaled_dot_product_attention(
-        query[:, :, None], keys[:, :, :filled], values[:, :, :filled], enable_gqa=query.size(1) != keys.size(1)
-    )
+    filled = keys[:, :, : at + 1], values[:, :, : at + 1]
+    out = F.scaled_dot_product_attention(query[:, :, None], *filled, enable_gqa=query.size(1) != keys.size(1))
     return out.flatten(1)
 
 

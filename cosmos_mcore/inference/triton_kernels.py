@@ -97,9 +97,21 @@ def linear_kernel(
 
 
 @triton.jit
-def rotate_and_store_kernel(
+def _turned(source, offset, d, inside, gains, turn_cos, turn_sin, eps, SIZE: tl.constexpr):
+    """Heads [n, D] at ``source + offset``, normed and turned: channel d with channel d + D / 2."""
+    half: tl.constexpr = SIZE // 2
+    other = tl.where(d < half, d + half, d - half)
+    one = tl.load(source + offset + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    two = tl.load(source + offset + other[None, :], mask=inside, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(one * one, axis=1) / SIZE + eps)[:, None]
+    one *= factor * tl.load(gains + d, mask=d < SIZE, other=0.0).to(tl.float32)[None, :]
+    two *= factor * tl.load(gains + other, mask=d < SIZE, other=0.0).to(tl.float32)[None, :]
+    return one * turn_cos[None, :] + tl.where(d < half, -two, two) * turn_sin[None, :]
+
+
+@triton.jit
+def attend_kernel(
     qkv,
-    query,
     keys,
     values,
     position,
@@ -107,48 +119,12 @@ def rotate_and_store_kernel(
     sin,
     q_norm,
     k_norm,
-    capacity,
-    eps,
-    QUERIES: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    """Each program: one query group of one row."""
-    group = tl.program_id(0)
-    d = tl.arange(0, BLOCK_HALF)
-    inside = d < HALF
-    at = tl.load(position).to(tl.int64)
-    turn_cos = tl.load(cos + at * HALF + d, mask=inside, other=0.0)
-    turn_sin = tl.load(sin + at * HALF + d, mask=inside, other=0.0)
-    source = qkv + group * (QUERIES + 2) * 2 * HALF + d
-    cached = (group.to(tl.int64) * capacity + at) * 2 * HALF + d
-    for head in tl.static_range(QUERIES + 1):
-        first = tl.load(source + head * 2 * HALF, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(source + head * 2 * HALF + HALF, mask=inside, other=0.0).to(tl.float32)
-        gains = q_norm if head < QUERIES else k_norm
-        factor = tl.rsqrt((tl.sum(first * first) + tl.sum(second * second)) / (2 * HALF) + eps)
-        first *= factor * tl.load(gains + d, mask=inside, other=0.0).to(tl.float32)
-        second *= factor * tl.load(gains + HALF + d, mask=inside, other=0.0).to(tl.float32)
-        target = query + (group * QUERIES + head) * 2 * HALF + d if head < QUERIES else keys + cached
-        kind = query.dtype.element_ty
-        tl.store(target, (first * turn_cos - second * turn_sin).to(kind), mask=inside)
-        tl.store(target + HALF, (second * turn_cos + first * turn_sin).to(kind), mask=inside)
-    value = source + (QUERIES + 1) * 2 * HALF
-    tl.store(values + cached, tl.load(value, mask=inside), mask=inside)
-    tl.store(values + cached + HALF, tl.load(value + HALF, mask=inside), mask=inside)
-
-
-@triton.jit
-def attend_kernel(
-    query,
-    keys,
-    values,
-    position,
     partial,
     maxima,
     sums,
     capacity,
     scale,
+    eps,
     QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -156,40 +132,56 @@ def attend_kernel(
     BLOCK_S: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Each program: the queries of one group of one row against one part of the filled cache."""
+    """Each program: the queries of one group of one row against one part of the filled cache.
+
+    The first part's program also takes the new token's key and value, and puts them into the cache.
+    """
     group = tl.program_id(0)
     split = tl.program_id(1)
-    length = tl.load(position).to(tl.int32) + 1
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
-    first = split * share
-    last = tl.minimum(first + share, length)
+    at = tl.load(position).to(tl.int32)
     h = tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
     h_in = h < QUERIES
     d_in = d < SIZE
-    heads = group * QUERIES + h
-    q = tl.load(query + heads[:, None] * SIZE + d[None, :], mask=h_in[:, None] & d_in[None, :], other=0.0)
+    kind = keys.dtype.element_ty
+    angle = at * (SIZE // 2) + d % (SIZE // 2)
+    turn_cos = tl.load(cos + angle, mask=d_in, other=0.0)
+    turn_sin = tl.load(sin + angle, mask=d_in, other=0.0)
+    source = qkv + group * (QUERIES + 2) * SIZE
+    inside = h_in[:, None] & d_in[None, :]
+    q = _turned(source, h[:, None] * SIZE, d, inside, q_norm, turn_cos, turn_sin, eps, SIZE).to(kind)
+    one = tl.arange(0, 1)
+    k = _turned(source, (QUERIES + one)[:, None] * SIZE, d, d_in[None, :], k_norm, turn_cos, turn_sin, eps, SIZE)
+    k = tl.sum(k, axis=0).to(kind)
+    v = tl.load(source + (QUERIES + 1) * SIZE + d, mask=d_in, other=0.0)
     base = group.to(tl.int64) * capacity * SIZE
-    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
-    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    is_first = split == 0
+    tl.store(keys + base + at * SIZE + d, k, mask=d_in & is_first)
+    tl.store(values + base + at * SIZE + d, v, mask=d_in & is_first)
+    score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * scale
+    top = tl.where(is_first, score, float("-inf"))
+    total = tl.where(is_first, 1.0, 0.0) + tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.where(is_first, v.to(tl.float32), 0.0)[None, :] + tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    share = tl.cdiv(tl.cdiv(at, SPLITS), BLOCK_S) * BLOCK_S
+    first = split * share
+    last = tl.minimum(first + share, at)
     for start in range(first, last, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         s_in = s < last
-        k = tl.load(keys + base + s[None, :] * SIZE + d[:, None], mask=s_in[None, :] & d_in[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
+        cached = tl.load(keys + base + s[None, :] * SIZE + d[:, None], mask=s_in[None, :] & d_in[:, None], other=0.0)
+        scores = tl.dot(q, cached, input_precision="ieee") * scale
         scores = tl.where(s_in[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(values + base + s[:, None] * SIZE + d[None, :], mask=s_in[:, None] & d_in[None, :], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        cached = tl.load(values + base + s[:, None] * SIZE + d[None, :], mask=s_in[:, None] & d_in[None, :], other=0.0)
+        acc = tl.dot(weights.to(kind), cached, acc * shrink[:, None], input_precision="ieee")
         top = higher
-    at = heads * SPLITS + split
-    tl.store(maxima + at, top, mask=h_in)
-    tl.store(sums + at, total, mask=h_in)
-    tl.store(partial + at[:, None] * SIZE + d[None, :], acc, mask=h_in[:, None] & d_in[None, :])
+    heads = (group * QUERIES + h) * SPLITS + split
+    tl.store(maxima + heads, top, mask=h_in)
+    tl.store(sums + heads, total, mask=h_in)
+    tl.store(partial + heads[:, None] * SIZE + d[None, :], acc, mask=inside)
 
 
 @triton.jit

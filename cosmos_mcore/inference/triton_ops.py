@@ -80,7 +80,7 @@ def linear(
     return out
 
 
-def rotate_and_store(
+def attend(
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -91,13 +91,16 @@ def rotate_and_store(
     k_norm: Tensor,
     eps: float,
 ) -> Tensor:
-    """As ``torch_ops.rotate_and_store``."""
+    """As ``torch_ops.attend``: parts of the cache in parallel (split KV), then combined."""
     batch, groups, capacity, size = keys.shape
     queries = qkv.size(1) // (groups * size) - 2
-    query = torch.empty(batch, groups * queries, size, dtype=qkv.dtype, device=qkv.device)
-    kernels.rotate_and_store_kernel[(batch * groups,)](
+    heads = groups * queries
+    splits = min(64, max(1, 2 ** round(math.log2(ATTEND_PROGRAMS / (batch * groups)))))
+    partial = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=qkv.device)
+    maxima, sums = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=qkv.device)
+    block_d = max(16, triton.next_power_of_2(size))
+    kernels.attend_kernel[(batch * groups, splits)](
         qkv,
-        query,
         keys,
         values,
         position,
@@ -105,35 +108,12 @@ def rotate_and_store(
         sin,
         q_norm,
         k_norm,
-        capacity,
-        eps,
-        QUERIES=queries,
-        HALF=size // 2,
-        BLOCK_HALF=triton.next_power_of_2(size // 2),
-        num_warps=1,
-    )
-    return query
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """As ``torch_ops.attend``: parts of the cache in parallel (split KV), then combined."""
-    batch, heads, size = query.shape
-    groups, capacity = keys.shape[1:3]
-    queries = heads // groups
-    splits = min(64, max(1, 2 ** round(math.log2(ATTEND_PROGRAMS / (batch * groups)))))
-    partial = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=query.device)
-    maxima, sums = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=query.device)
-    block_d = max(16, triton.next_power_of_2(size))
-    kernels.attend_kernel[(batch * groups, splits)](
-        query,
-        keys,
-        values,
-        position,
         partial,
         maxima,
         sums,
         capacity,
         math.log2(math.e) / math.sqrt(size),
+        eps,
         QUERIES=queries,
         SIZE=size,
         BLOCK_Q=max(16, triton.next_power_of_2(queries)),
@@ -143,7 +123,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Ten
         num_warps=4,
         num_stages=3,
     )
-    out = torch.empty(batch, heads * size, dtype=query.dtype, device=query.device)
+    out = torch.empty(batch, heads * size, dtype=qkv.dtype, device=qkv.device)
     kernels.combine_kernel[(batch * heads,)](
         partial, maxima, sums, out, SIZE=size, BLOCK_D=block_d, SPLITS=splits, num_warps=4
     )

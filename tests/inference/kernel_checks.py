@@ -65,18 +65,17 @@ def attentions(device, dtype=torch.float32, sizes=((2, 2, 4, 32, 200), (1, 1, 1,
             position = torch.tensor([at], device=device)
             qkv = random(batch, groups * (queries + 2) * size)
             caches = random(batch, groups, capacity, size), random(batch, groups, capacity, size)
-            others = tuple(cache.clone() for cache in caches)
-            expected = torch_ops.rotate_and_store(qkv, *caches, position, cos, sin, *norms, 1e-5)
-            query = triton_ops.rotate_and_store(qkv, *others, position, cos, sin, *norms, 1e-5)
+            for cache in caches:  # from the position on there may be anything
+                cache[:, :, at:] = float("nan")
+            wide = [tensor.float() for tensor in caches]
+            rest = position, cos, sin
+            expected = torch_ops.attend(qkv.float(), *wide, *rest, *(norm.float() for norm in norms), 1e-5)
+            attended = triton_ops.attend(qkv, *caches, *rest, *norms, 1e-5)
             name = f"{batch} {groups} {queries} {size} at {at}"
-            yield f"query {name}", difference(query, expected)
-            yield f"key {name}", difference(others[0], caches[0])
-            yield f"value {name}", difference(others[1], caches[1])
-            for cache in caches:  # beyond the position there may be anything
-                cache[:, :, at + 1 :] = float("nan")
-            wide = [tensor.float() for tensor in (query, *caches)]
-            attended = triton_ops.attend(query, *caches, position)
-            yield f"attention {name}", difference(attended, torch_ops.attend(*wide, position))
+            yield f"attention {name}", difference(attended, expected)
+            for what, ours, cache in zip(("key", "value"), caches, wide, strict=True):
+                assert ours[:, :, at + 1 :].isnan().all()
+                yield f"{what} {name}", difference(ours[:, :, : at + 1], cache[:, :, : at + 1])
 
 
 @triton.jit
