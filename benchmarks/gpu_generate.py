@@ -22,6 +22,7 @@ from train_step import environment
 
 from cosmos_mcore.checkpoint.names import original_shapes
 from cosmos_mcore.config import RunConfig, derive_video_layout
+from cosmos_mcore.inference import triton_ops
 from cosmos_mcore.inference.generate import TokenGenerator
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.offload import tensors_of
@@ -126,7 +127,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=5120)
     parser.add_argument("--new", type=int, default=7680)
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--no-overlap", action="store_true", help="without programmatic dependent launch")
     args = parser.parse_args()
+    if args.no_overlap:
+        triton_ops.OVERLAP = False
     network = build(args.preset, args.fp8, (33, 640, 1024))
     result = measure(network, args.batch, args.prompt, args.new, args.kernels)
     if is_rank_zero():

@@ -21,6 +21,7 @@ part() { # name, command
 
 part tests python -m pytest -q tests/gpu/test_generation.py
 part 4b python benchmarks/gpu_generate.py --kernels
+part 4b_no_overlap python benchmarks/gpu_generate.py --no-overlap
 part 4b_fp8 python benchmarks/gpu_generate.py --fp8 --kernels
 part 4b_batch8 python benchmarks/gpu_generate.py --batch 8 --kernels
 part tiles python benchmarks/gpu_linear_tiles.py

@@ -19,6 +19,17 @@ FP8_SHRINK = tl.constexpr(2.0**-6)
 
 
 @triton.jit
+def _begin(OVERLAP: tl.constexpr):
+    """Programmatic dependent launch: lets the next kernel start up while this one runs, and waits for the one before.
+
+    Nothing that another kernel writes may be touched before.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def linear_kernel(
     x,
     weight,
@@ -39,6 +50,7 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Each program: BLOCK_N channels of all rows. The norm's scale is the same for a whole row, so it comes last.
 
@@ -53,6 +65,7 @@ def linear_kernel(
     row = n.to(tl.int64)[None, :, None] * k_size
     parts = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
     up_parts = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
+    _begin(OVERLAP)
     squares = tl.zeros((SPLIT, BLOCK_M), tl.float32)
     for start in range(0, k_size, BLOCK_K):
         k = start + inner
@@ -131,6 +144,7 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Each program: the queries of one group of one row against one part of the filled cache.
 
@@ -138,6 +152,7 @@ def attend_kernel(
     """
     group = tl.program_id(0)
     split = tl.program_id(1)
+    _begin(OVERLAP)
     at = tl.load(position).to(tl.int32)
     h = tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
@@ -185,8 +200,18 @@ def attend_kernel(
 
 
 @triton.jit
-def combine_kernel(partial, maxima, sums, out, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+def combine_kernel(
+    partial,
+    maxima,
+    sums,
+    out,
+    SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Each program: one head of one row. Parts of the cache that are still empty have a sum of 0."""
+    _begin(OVERLAP)
     head = tl.program_id(0)
     at = head * SPLITS + tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
@@ -252,8 +277,10 @@ def sample_kernel(
     TOP_P: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Each program: one row. ``shares`` [B, V] float32 is scratch: probabilities relative to the largest."""
+    _begin(OVERLAP)
     row = tl.program_id(0)
     logits += row * v_size
     shares += row * v_size

@@ -21,6 +21,9 @@ MAX_ROWS = 16  # two of the tensor cores' smallest tiles; with more, sums would 
 _ATTEND_BLOCK = 64
 ATTEND_PROGRAMS = 256  # about two per SM of an H100
 _SAMPLE_BLOCK = 8192
+# A kernel starts up while the one before still runs (programmatic dependent launch, from Hopper on): about a
+# microsecond each for some 120 kernels per step.
+OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 class Tiles(NamedTuple):
@@ -36,6 +39,10 @@ class Tiles(NamedTuple):
 # 4B (4,096 channels) is one program per SM, and has 32 KiB on the way beside the 16 that it works on.
 TILES = {4: Tiles(32, 128, 4, 3), 2: Tiles(32, 256, 4, 4), 1: Tiles(32, 256, 4, 6)}
 GATED_TILES = {4: Tiles(32, 64, 4, 3), 2: Tiles(32, 128, 4, 4), 1: Tiles(32, 256, 4, 4)}  # two matrices at once
+
+
+def _launch() -> dict[str, bool]:
+    return {"OVERLAP": True, "launch_pdl": True} if OVERLAP else {"OVERLAP": False}
 
 
 def linear(
@@ -74,6 +81,7 @@ def linear(
         BLOCK_N=tiles.n,
         BLOCK_K=tiles.k,
         SPLIT=tiles.warps,
+        **_launch(),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -120,12 +128,13 @@ def attend(
         BLOCK_D=block_d,
         BLOCK_S=_ATTEND_BLOCK,
         SPLITS=splits,
+        **_launch(),
         num_warps=4,
         num_stages=3,
     )
     out = torch.empty(batch, heads * size, dtype=qkv.dtype, device=qkv.device)
     kernels.combine_kernel[(batch * heads,)](
-        partial, maxima, sums, out, SIZE=size, BLOCK_D=block_d, SPLITS=splits, num_warps=4
+        partial, maxima, sums, out, SIZE=size, BLOCK_D=block_d, SPLITS=splits, num_warps=4, **_launch()
     )
     return out
 
@@ -151,6 +160,7 @@ def sample(logits: Tensor, options: SamplingOptions, seeds: Tensor, position: Te
         TOP_P=options.top_p is not None,
         TOP_K=top_k is not None,
         BLOCK=min(_SAMPLE_BLOCK, triton.next_power_of_2(vocabulary)),
+        **_launch(),
         num_warps=32,
     )
     return token

@@ -77,6 +77,15 @@ def test_a_graph_draws_what_single_steps_draw(network, prompt):
     assert torch.equal(captured, generator(prompt, 200, [1, 2, 3]))
 
 
+def test_overlapping_kernels_change_nothing(network, prompt, monkeypatch):
+    from cosmos_mcore.inference import triton_ops
+
+    options = SamplingOptions(1.0, 0.8)
+    overlapped = TokenGenerator(network, 3, options)(prompt, 300, [1, 2, 3])
+    monkeypatch.setattr(triton_ops, "OVERLAP", False)
+    assert torch.equal(overlapped, TokenGenerator(network, 3, options)(prompt, 300, [1, 2, 3]))
+
+
 def test_no_step_waits_for_the_device(network, prompt):
     generator = TokenGenerator(network, 3, SamplingOptions(1.0, 0.8, 50))
     generator(prompt, 2, [1, 2, 3])
