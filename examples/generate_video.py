@@ -1,7 +1,8 @@
-"""Continue an image or a video with a trained model.
+"""Continue images or videos with a trained model: the original's base.py, with its flags.
 
-python examples/generate_video.py --config conf/tiny_cpu.yaml --input_image_or_video_path clip.mp4
-torchrun --nproc-per-node N examples/generate_video.py ...      # the model split over N GPUs
+python examples/generate_video.py --ar_model_dir Cosmos-Predict1-4B --input_image_or_video_path clip.mp4
+python examples/generate_video.py --checkpoint checkpoints/PROJECT/GROUP/NAME --input_image_or_video_path clip.mp4
+torchrun --nproc_per_node=N examples/generate_video.py --num_gpus N ...      # the model split over N GPUs
 """
 
 from cosmos_mcore.inference.main import main

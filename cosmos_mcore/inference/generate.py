@@ -1,69 +1,115 @@
-"""Autoregressive generation of token ids with Megatron's KV cache."""
+"""Autoregressive generation of token ids."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from cosmos_mcore.inference.sampling import SamplingOptions, sample_tokens
-from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
+from cosmos_mcore.inference.network import CachedNetwork
+from cosmos_mcore.inference.sampling import SamplingOptions
 
 
-@torch.no_grad()
-def generate_tokens(
-    model: CosmosARModel,
-    prompt: Tensor,
-    num_new_tokens: int,
-    options: SamplingOptions,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continues token sequences: one pass over the prompt, then one token at a time (spec/inference.md section 4).
+class TokenGenerator:
+    """Continues batches of token sequences: one pass over the prompts, then one token each per step.
 
-    Every rank of the tensor-parallel group calls this with the same arguments and gets the same result: the logits are
-    gathered over the group and the first rank's draw counts.
+    On GPUs the step, from embedding to drawn id, is one CUDA graph, captured when the generator is made; memory and
+    graph serve all further calls. Every rank of the tensor-parallel group makes one and calls it alike; logits are
+    gathered over the group, and the first rank's draw counts.
 
     Args:
-        model: the whole model on every tensor-parallel rank, in eval mode.
-        prompt: [B, P] int64 ids of the leading positions of a clip, P at least 1.
-        num_new_tokens: how many ids to append.
+        network: the model.
+        batch: sequences at a time.
         options: how each id is drawn.
-        generator: source of randomness on the prompt's device; None: torch's default one.
-
-    Returns:
-        Ids [B, P + num_new_tokens] int64, the prompt in front.
+        text_length: text embeddings per sequence; 0 without text.
 
     Raises:
-        ValueError: for a model in pipeline stages, or more tokens than the model has positions.
+        ValueError: for a batch that a GPU's kernels do not take.
     """
-    if not (model.pre_process and model.post_process):
-        raise ValueError("generation needs the whole model on each rank: use pipeline_model_parallel_size=1")
-    batch, prompt_length = prompt.shape
-    total = prompt_length + num_new_tokens
-    if total > len(model.rotary_angles):
-        raise ValueError(
-            f"{prompt_length} given and {num_new_tokens} new tokens are more than the model's "
-            f"{len(model.rotary_angles)} positions"
-        )
-    ids = torch.cat((prompt, prompt.new_empty(batch, num_new_tokens)), dim=1)
-    cache = StaticInferenceContext(batch, total)
-    fed = 0
-    for position in range(prompt_length, total):
-        if fed:
-            cache.enable_decode_mode()
-        logits = model(ids[:, fed:position], inference_context=cache)[-1]
-        cache.sequence_len_offset = fed = position
-        ids[:, position] = _draw(logits, options, generator)
-    return ids
+
+    def __init__(self, network: CachedNetwork, batch: int, options: SamplingOptions, text_length: int = 0) -> None:
+        most = network.ops.MAX_ROWS
+        if most is not None and batch > most:
+            raise ValueError(f"{batch} sequences cannot be generated at once on a GPU; give at most {most}")
+        self.network, self.batch, self.options = network, batch, options
+        self._cache = network.new_cache(batch, text_length)
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=network.device)
+
+        # What a step reads and writes lies at fixed addresses: a graph knows nothing else.
+        self._ids, self._position, self._seeds = integers(batch, network.capacity), integers(1), integers(batch)
+        self._tokens = integers(batch)
+        self._graph = _capture(self._step) if network.device.type == "cuda" else None
+
+    @torch.no_grad()
+    def __call__(self, prompt: Tensor, num_new_tokens: int, seeds: list[int], text: Tensor | None = None) -> Tensor:
+        """Continues ``batch`` sequences.
+
+        Args:
+            prompt: [B, P] int64 ids of the leading positions of clips, P at least 1.
+            num_new_tokens: how many ids to append, at least 1.
+            seeds: one per sequence: its draws depend on nothing else, in whatever batch it stands.
+            text: [B, text length, context size] for text-to-video models.
+
+        Returns:
+            Ids [B, P + num_new_tokens] int64, the prompt in front.
+
+        Raises:
+            ValueError: for more tokens than the model has positions, or another batch.
+        """
+        batch, length = prompt.shape
+        if batch != self.batch or len(seeds) != batch:
+            raise ValueError(f"the generator was made for {self.batch} sequences, not {batch} with {len(seeds)} seeds")
+        if length + num_new_tokens > self.network.capacity:
+            raise ValueError(
+                f"{length} given and {num_new_tokens} new tokens are more than the model's {self.network.capacity} "
+                "positions"
+            )
+        self._seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
+        self._ids[:, :length] = prompt
+        self._position.fill_(length - 1)
+        self._draw(self.network.prefill(prompt, self._cache, text))
+        for _ in range(num_new_tokens - 1):
+            self.advance()
+        return self._ids[:, : length + num_new_tokens].clone()
+
+    def advance(self) -> None:
+        """One more token for each sequence, where there is a position left; asks the device for nothing."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        self._draw(self.network.decode(self._tokens, self._position, self._cache))
+
+    def _draw(self, logits: Tensor) -> None:
+        """Draws the ids after ``position`` and moves on to them."""
+        tokens = self.network.ops.sample(logits, self.options, self._seeds, self._position)
+        group = self.network.group
+        if group.size() > 1:
+            # Ranks may round differently; a single diverging id would garble the rest.
+            dist.broadcast(tokens, dist.get_global_rank(group, 0), group=group)
+        self._tokens.copy_(tokens)
+        self._position.add_(1)
+        self._ids.index_copy_(1, self._position, tokens[:, None])
 
 
-def _draw(local_logits: Tensor, options: SamplingOptions, generator: torch.Generator | None) -> Tensor:
-    """Chooses the next ids [B] from this rank's part of the logits [B, V / TP]."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    token = sample_tokens(gather_from_tensor_model_parallel_region(local_logits, group), options, generator)
-    # Ranks may round differently or hold another generator state; a single diverging id would garble the rest.
-    dist.broadcast(token, parallel_state.get_tensor_model_parallel_src_rank(), group=group)
-    return token
+def _capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Captures a step in a graph. The cache that the trial runs write is overwritten by the first prompt."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles kernels, opens NCCL's connections
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's watchdog asks for the state of events from a thread of its own meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph

@@ -1,91 +1,141 @@
-"""From the first frames of a clip to a generated video."""
+"""From the first frames of clips to generated videos."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
-from cosmos_mcore.config.derived import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, VideoLayout
-from cosmos_mcore.inference.generate import generate_tokens
+from cosmos_mcore.config.derived import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from cosmos_mcore.inference.generate import TokenGenerator
+from cosmos_mcore.inference.network import CachedNetwork
+from cosmos_mcore.inference.offload import Parking
 from cosmos_mcore.inference.sampling import SamplingOptions
-from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.tokenizer.base import VideoTokenizer
 
 logger = logging.getLogger(__name__)
 
+_NEXT_CLIP = 2**32  # what a seed grows by from one clip of a video to the next: users' seeds are smaller
+
 
 @dataclass(frozen=True)
 class Continuation:
-    """A generated clip.
+    """A generated video.
 
     Attributes:
         video: [3, T, H, W] float32, nominally in [-1, 1]; the given frames in it went through the tokenizer.
-        ids: [T', h, w] int64.
+        ids: of each clip that the video was made of, [T', h, w] int64.
         num_given: leading frames of ``video`` that were given.
     """
 
     video: Tensor
-    ids: Tensor
+    ids: tuple[Tensor, ...]
     num_given: int
 
 
 class VideoPipeline:
     """A model and its tokenizer, ready to continue clips of one size.
 
-    Every tensor-parallel rank has one and calls it alike; ids cross ranks, frames do not.
+    Every tensor-parallel rank has one and calls it alike. Ids cross ranks, frames do not: only the first rank encodes
+    and decodes.
 
     Args:
-        model: in eval mode, on its device; whole on every tensor-parallel rank.
-        tokenizer: the one that the model was trained with.
-        layout: of the clips that the model was trained on.
+        network: the model.
+        make_tokenizer: makes the tokenizer that the model was trained with; called on the first rank only.
+        offload_network: park the model in CPU memory while it does not generate.
+        offload_tokenizer: make the tokenizer for each use, and drop it afterwards.
     """
 
-    def __init__(self, model: CosmosARModel, tokenizer: VideoTokenizer, layout: VideoLayout) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.layout = layout
-        self.device = next(model.parameters()).device
+    def __init__(
+        self,
+        network: CachedNetwork,
+        make_tokenizer: Callable[[], VideoTokenizer],
+        offload_network: bool = False,
+        offload_tokenizer: bool = False,
+    ) -> None:
+        self.network, self.layout, self.device = network, network.layout, network.device
+        self.is_first = network.group.rank() == 0
+        self._parking = Parking(network.weights) if offload_network else None
+        self._make_tokenizer = make_tokenizer
+        self._keeps_tokenizer = not offload_tokenizer
+        self._tokenizer = make_tokenizer() if self.is_first and self._keeps_tokenizer else None
+        self._generator: TokenGenerator | None = None
 
-    def continue_video(self, conditioning: Tensor, options: SamplingOptions, seed: int) -> Continuation:
-        """Generates the rest of a clip.
+    @property
+    def clip_frames(self) -> int:
+        """Frames of one clip, as the model has learnt it."""
+        chunk = self.layout.pixel_chunk_duration
+        return self.layout.latent_shape[0] // latents_of(chunk) * chunk
+
+    def continue_videos(
+        self,
+        given: Tensor,
+        options: SamplingOptions,
+        seeds: Sequence[int],
+        num_frames: int | None = None,
+    ) -> list[Continuation]:
+        """Generates the rest of several videos at once.
+
+        A video longer than the model's clips is a chain of them: each next one is given the last frames of the one
+        before, as many as the first was given, and they are dropped from its result.
 
         Args:
-            conditioning: [1, 3, T, H, W] float32 in [-1, 1], the first 1 + 8k frames of the clip.
+            given: [B, 3, T, H, W] float32 in [-1, 1], the first 1 + 8k frames of each video.
             options: how ids are drawn.
-            seed: the same one gives the same video on the same device, whatever was generated before.
+            seeds: one per video: the same one gives the same video on the same kind of device, whatever is generated
+                beside or before it.
+            num_frames: of each video; None: of one clip.
+
+        Returns:
+            The videos on the first rank; nothing on the others.
 
         Raises:
             ValueError: if the frames have another size than the model's clips, or leave nothing to generate.
         """
-        num_given = self._check(conditioning)
-        latent_shape = self.layout.latent_shape
-        per_frame = latent_shape[1] * latent_shape[2]
-        prompt = torch.empty(1, latents_of(num_given) * per_frame, dtype=torch.int64, device=self.device)
-        source = parallel_state.get_tensor_model_parallel_src_rank()
-        if dist.get_rank() == source:
-            prompt.copy_(self.tokenizer.encode(conditioning.to(self.device)).flatten(1))
-        dist.broadcast(prompt, source, group=parallel_state.get_tensor_model_parallel_group())
-        started = time.perf_counter()
-        new_tokens = self.layout.num_tokens - prompt.size(1)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        ids = generate_tokens(self.model, prompt, new_tokens, options, generator).unflatten(1, latent_shape)
-        seconds = time.perf_counter() - started
-        logger.info("generated %d tokens in %.1f s (%.1f tokens/s)", new_tokens, seconds, new_tokens / seconds)
-        return Continuation(self.tokenizer.decode(ids)[0], ids[0], num_given)
+        num_given = self.check(given.shape[2:], num_frames)
+        wanted = self.clip_frames if num_frames is None else num_frames
+        videos: list[Tensor] = []
+        ids: list[Tensor] = []
+        length, clip = 0, 0
+        while length < wanted:
+            new = self._generate(given, options, [seed + clip * _NEXT_CLIP for seed in seeds], wanted - length, clip)
+            drop = num_given if clip else 0
+            length += self._frames_of(new.size(1)) - drop
+            if self.is_first:
+                video = self._decode(new)
+                videos.append(video[:, :, drop:])
+                ids.append(new)
+                given = video[:, :, -num_given:].clamp(-1, 1)
+            clip += 1
+        if not self.is_first:
+            return []
+        whole = torch.cat(videos, dim=2)[:, :, :wanted]
+        return [Continuation(whole[i], tuple(new[i] for new in ids), num_given) for i in range(len(whole))]
+
+    def _decode(self, ids: Tensor) -> Tensor:
+        return self._with_tokenizer(lambda tokenizer: tokenizer.decode(ids)).cpu()
 
     def round_trip(self, clip: Tensor) -> Tensor:
-        """What the tokenizer alone makes of a clip: [1, 3, T, H, W] in [-1, 1] to the same shape, float32."""
-        return self.tokenizer.decode(self.tokenizer.encode(clip.to(self.device)))
+        """What the tokenizer alone makes of a clip [1, 3, T, H, W] in [-1, 1], float32; on the first rank only."""
 
-    def _check(self, conditioning: Tensor) -> int:
-        """Returns how many frames are given."""
-        frames, height, width = conditioning.shape[2:]
+        def there_and_back(tokenizer: VideoTokenizer) -> Tensor:
+            return tokenizer.decode(tokenizer.encode(clip.to(self.device)))
+
+        return self._with_tokenizer(there_and_back)
+
+    def check(self, shape: Sequence[int], num_frames: int | None = None) -> int:
+        """Checks that frames of ``shape`` (T, H, W) can be continued, and returns T.
+
+        Raises:
+            ValueError: if not; also if they are not fewer than ``num_frames``.
+        """
+        frames, height, width = shape
         latent_frames, *cells = self.layout.latent_shape
         size = tuple(SPATIAL_COMPRESSION * n for n in cells)
         if (height, width) != size:
@@ -95,7 +145,56 @@ class VideoPipeline:
                 f"{frames} given frames do not fit: the model continues clips of {latent_frames} latent frames from 1 "
                 f"or 1 + a multiple of {TEMPORAL_COMPRESSION} frames, fewer than the clip has"
             )
+        if num_frames is not None and num_frames <= frames:
+            raise ValueError(f"a video of {num_frames} frames leaves nothing to generate after {frames} given ones")
         return frames
+
+    def _generate(self, given: Tensor, options: SamplingOptions, seeds: list[int], missing: int, clip: int) -> Tensor:
+        """Ids [B, T', h, w] of one clip that begins with ``given``, of no more latent frames than ``missing`` needs."""
+        batch, _, num_given, _, _ = given.shape
+        latent_frames, *cells = self.layout.latent_shape
+        if latents_of(self.layout.pixel_chunk_duration) == latent_frames:  # else only whole chunks can be decoded
+            frames = missing + (num_given if clip else 0)
+            latent_frames = min(latent_frames, latents_of(frames + TEMPORAL_COMPRESSION - 1))
+        per_frame = cells[0] * cells[1]
+        prompt = torch.empty(batch, latents_of(num_given) * per_frame, dtype=torch.int64, device=self.device)
+        if self.is_first:
+            pixels = given.to(self.device)
+            prompt.copy_(self._with_tokenizer(lambda tokenizer: tokenizer.encode(pixels)).flatten(1))
+        group = self.network.group
+        if group.size() > 1:
+            dist.broadcast(prompt, dist.get_global_rank(group, 0), group=group)
+        new_tokens = latent_frames * per_frame - prompt.size(1)
+        with self._parking.present() if self._parking is not None else nullcontext():
+            generator = self._generator
+            if generator is None or (generator.batch, generator.options) != (batch, options):
+                self._generator = None  # its cache goes before the next one comes
+                generator = TokenGenerator(self.network, batch, options)
+            started = time.perf_counter()
+            ids = generator(prompt, new_tokens, seeds)
+            if self._parking is None:
+                self._generator = generator
+            del generator
+            total = new_tokens * batch
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+        logger.info("generated %d tokens in %.1f s (%.1f tokens/s)", total, seconds, total / seconds)
+        return ids.unflatten(1, (latent_frames, *cells))
+
+    def _with_tokenizer(self, use: Callable[[VideoTokenizer], Tensor]) -> Tensor:
+        tokenizer = self._tokenizer or self._make_tokenizer()
+        result = use(tokenizer)
+        if not self._keeps_tokenizer and self.device.type == "cuda":
+            del tokenizer
+            torch.cuda.empty_cache()
+        return result
+
+    def _frames_of(self, latents: int) -> int:
+        """Pixel frames that so many latent frames stand for."""
+        chunk = self.layout.pixel_chunk_duration
+        per_chunk = latents_of(chunk)
+        return latents // per_chunk * chunk if latents >= per_chunk else 1 + TEMPORAL_COMPRESSION * (latents - 1)
 
 
 def latents_of(frames: int) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 SMALLEST_TEMPERATURE = 1e-5
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class SamplingOptions:
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token (greedy, ``top_p`` and ``top_k`` play no part).
-        top_p: keeps the most likely tokens up to the one that brings their sum above this probability.
+        top_p: keeps the most likely tokens up to the one that brings their sum above this probability, and ties of it.
         top_k: keeps this many of the most likely tokens, and ties of the last of them. Applied before ``top_p``.
     """
 
@@ -33,64 +36,67 @@ class SamplingOptions:
             raise ValueError(f"top_k={self.top_k} must be at least 1")
 
 
-def ranked_probabilities(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities of the tokens that may be drawn, most likely first.
+def kept_probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """Probabilities of the tokens that may be drawn.
 
-    A token is dropped when the sum of those before it exceeds ``top_p``, so the first one always stays
-    (spec/inference.md section 4).
+    A token is dropped when the sum of the more likely ones exceeds ``top_p``, so the most likely one always stays.
 
     Args:
         logits: [B, V], any float dtype.
         options: with a temperature above 0.
 
     Returns:
-        Probabilities [B, V] float32, 0 where dropped, each row adding up to 1, and their token ids [B, V] int64.
+        [B, V] float32, 0 where dropped, each row adding up to 1.
     """
     scaled = logits.float() / max(options.temperature, SMALLEST_TEMPERATURE)
-    scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
     if options.top_k is not None and options.top_k < scaled.size(-1):
-        scaled = scaled.masked_fill(scaled < scaled[:, options.top_k - 1, None], float("-inf"))
+        last = scaled.topk(options.top_k, dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < last, float("-inf"))
     probabilities = scaled.softmax(-1)
     if options.top_p is not None:
-        preceding = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(preceding > options.top_p, 0.0)
+        ranked = probabilities.sort(dim=-1, descending=True).values
+        kept = (ranked.cumsum(-1) - ranked <= options.top_p).sum(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < ranked.gather(-1, kept - 1), 0.0)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    return probabilities, ids
+    return probabilities
 
 
-def pick(probabilities: torch.Tensor, ids: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def pick(probabilities: Tensor, noise: Tensor) -> Tensor:
     """Draws one id per row: the largest ratio of probability to exponential noise (the Gumbel trick).
 
     Args:
-        probabilities: [B, V] float32, most likely first.
-        ids: [B, V] int64, their token ids, as ``ranked_probabilities`` returns them.
+        probabilities: [B, V] float32.
         noise: [B, V] float32, independent draws of the exponential distribution with rate 1.
 
     Returns:
         Token ids [B] int64.
     """
-    rank = (probabilities / noise).argmax(-1, keepdim=True)
-    return ids.gather(-1, rank).squeeze(-1)
+    return (probabilities / noise).argmax(-1)
 
 
-def sample_tokens(
-    logits: torch.Tensor, options: SamplingOptions, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Chooses one token per row of ``logits``.
-
-    The same generator state and logits give the same token; nothing else is random.
+def exponential_noise(seeds: Tensor, position: int, size: int) -> Tensor:
+    """Noise [B, size] float32 that depends on each row's seed and on the position alone, not on the batch.
 
     Args:
-        logits: [B, V], any float dtype.
-        options: how to choose.
-        generator: on the device of ``logits``; None: torch's default one.
+        seeds: [B] int64, not negative, on the CPU.
+        position: of the token to draw, at least 0.
+        size: of the vocabulary.
+    """
+    # Philox counts: the position takes the place of everything that was drawn before.
+    rows = [
+        np.random.Generator(np.random.Philox(key=seed, counter=position << 64)).standard_exponential(size, np.float32)
+        for seed in seeds.tolist()
+    ]
+    # Rounding can give a noise of exactly 0, which would turn a dropped token's ratio into 0/0.
+    return torch.from_numpy(np.stack(rows)).clamp_min(_TINY)
+
+
+def sample_tokens(logits: Tensor, options: SamplingOptions, seeds: Tensor, position: int) -> Tensor:
+    """Chooses one token per row of ``logits`` [B, V] on the CPU; arguments as of ``exponential_noise``.
 
     Returns:
         Token ids [B] int64.
     """
     if options.temperature == 0:
         return logits.argmax(-1)
-    probabilities, ids = ranked_probabilities(logits, options)
-    # Rounding can give a noise of exactly 0, which would turn a dropped token's ratio into 0/0.
-    noise = torch.empty_like(probabilities).exponential_(generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
-    return pick(probabilities, ids, noise)
+    return pick(kept_probabilities(logits, options), exponential_noise(seeds, position, logits.size(-1)))

@@ -21,7 +21,7 @@ from cosmos_mcore.data.transforms import normalize
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-DEFAULT_FPS = 24.0
+DEFAULT_FPS = 25.0  # as the original writes all its videos
 
 
 def write_mp4(path: str | os.PathLike[str], video: Tensor, fps: float) -> Path:
@@ -90,7 +90,7 @@ def read_conditioning(
 
 
 def frame_rate(path: str | os.PathLike[str], frame_stride: int = 1) -> float:
-    """Frames per second of a video of which every ``frame_stride``-th frame is taken; for an image, 24."""
+    """Frames per second of a video of which every ``frame_stride``-th frame is taken; for an image, 25."""
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
         return DEFAULT_FPS
     with av.open(os.fspath(path)) as container:

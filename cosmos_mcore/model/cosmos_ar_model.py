@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -91,16 +90,14 @@ class CosmosARModel(LanguageModule):
         tokens: Tensor,
         labels: Tensor | None = None,
         context: Tensor | None = None,
-        inference_context: Any = None,
     ) -> Tensor | TokenLosses:
         """Runs this stage.
 
         Args:
             tokens: [B, S] int64. In training S is the padded length (under context parallelism: this rank's slice of
-                it, in zig-zag order). With a KV cache: only the new tokens.
+                it, in zig-zag order).
             labels: [B, S] int64, the next token of every position; None: return logits.
             context: text embeddings [text length, B, context size] of a text-to-video model, on every stage.
-            inference_context: Megatron's KV cache, or None.
 
         Returns:
             Hidden states [S, B, hidden] on stages before the last; there ``TokenLosses`` if labels are given, else this
@@ -111,8 +108,7 @@ class CosmosARModel(LanguageModule):
             hidden,
             None,
             context=context,
-            rotary_pos_emb=self._angles(tokens.size(1), inference_context),
-            inference_context=inference_context,
+            rotary_pos_emb=self._angles(tokens.size(1)),
         )
         if not self.post_process:
             return hidden
@@ -121,10 +117,7 @@ class CosmosARModel(LanguageModule):
             return logits
         return vocab_parallel_losses(logits, labels, self.pg_collection.tp)
 
-    def _angles(self, length: int, inference_context: Any) -> Tensor:
-        if inference_context is not None:
-            # The cache holds keys without rotation up to here, so the angles must reach back to position 0.
-            return self.rotary_angles[: inference_context.sequence_len_offset + length]
+    def _angles(self, length: int) -> Tensor:
         group = self.pg_collection.cp
         if group.size() > 1:
             return self.rotary_angles[zigzag_positions(len(self.rotary_angles), group.rank(), group.size())]

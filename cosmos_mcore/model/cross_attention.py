@@ -112,7 +112,7 @@ class GroupedCrossAttention(MegatronModule):
             hidden_states: [S, B, hidden], this rank's slice under sequence parallelism.
             attention_mask: must be None: all positions of the text are attended to, padding too, as in the original.
             key_value_states: [text length, B, context size], whole on every rank.
-            inference_context: not needed: keys and values are made anew, the text is short.
+            inference_context: what ``TransformerLayer`` passes; always None here.
 
         Returns:
             [S, B, hidden] and no bias.
@@ -173,14 +173,11 @@ class PositionedTransformerLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's layer; ``hidden_states`` [S, B, hidden] are this rank's part of the sequence."""
-        rows = self._rows(len(hidden_states), kwargs.get("inference_context"))
+        rows = self._rows(len(hidden_states))
         return super().forward(hidden_states + rows.to(hidden_states.dtype), *args, **kwargs)
 
-    def _rows(self, length: int, inference_context: Any) -> Tensor:
+    def _rows(self, length: int) -> Tensor:
         table = self.position_table.table
-        if inference_context is not None:
-            start = inference_context.sequence_len_offset
-            return table[start : start + length]
         context = self.pg_collection.cp
         if context.size() > 1:
             table = table[zigzag_positions(len(table), context.rank(), context.size())]

@@ -76,7 +76,7 @@ class TorchAttention(MegatronModule):
 
         Args:
             query: [Sq, B, heads, D].
-            key: [Sk, B, groups, D]; with a KV cache Sk > Sq, and the queries are the last Sq positions.
+            key: [Sk, B, groups, D].
             value: as ``key``.
             attention_mask: bool, broadcastable to [B, heads, Sq, Sk], True where attention is forbidden; or None.
             attn_mask_type: ignored: fixed when the layer is built.
@@ -101,12 +101,6 @@ class TorchAttention(MegatronModule):
             causal, mask = False, (of_keys[None, :] <= of_queries[:, None]).to(query.device)
         elif attention_mask is not None and not causal:
             mask = ~attention_mask
-        elif causal and len(query) != len(key):
-            causal = False
-            if len(query) > 1:
-                mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(
-                    len(key) - len(query)
-                )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)

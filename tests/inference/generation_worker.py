@@ -5,19 +5,19 @@ import sys
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from cosmos_mcore.checkpoint.load import initialize_weights
-from cosmos_mcore.config import RunConfig, derive_video_layout
-from cosmos_mcore.inference.generate import generate_tokens
-from cosmos_mcore.inference.pipeline import VideoPipeline
+from cosmos_mcore.config import RunConfig
+from cosmos_mcore.inference.generate import TokenGenerator
+from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.sampling import SamplingOptions
-from cosmos_mcore.model.builder import build_model
-from cosmos_mcore.model.presets import resolve_arch
+from cosmos_mcore.inference.weights import weights_of
 from cosmos_mcore.parallel.initialize import initialize, shut_down
-from cosmos_mcore.tokenizer.build import build_tokenizer
 from tests.conftest import GOLDEN
 from tests.golden_model import golden_model
+
+GREEDY, DRAWN = SamplingOptions(0), SamplingOptions(1.0, 0.9)
 
 
 def error_of(function, *arguments):
@@ -29,49 +29,42 @@ def error_of(function, *arguments):
     raise AssertionError("no error")
 
 
-def tokens(config, rank):
-    """Generation with the golden model."""
-    case, _, _, (model,) = golden_model(GOLDEN / "base.pt", config)
+@torch.no_grad()
+def tokens(name, config, rank):
+    """Generation with a golden model, beside Megatron's forward pass of what was generated."""
+    case, arch, layout, (model,) = golden_model(GOLDEN / f"{name}.pt", config)
     model.eval()
-    prompt, new = case["tokens"][:, :24], case["tokens"].size(1) - 24
-    greedy = generate_tokens(model, prompt, new, SamplingOptions(0))
-    with torch.no_grad():
-        logits = gather_from_tensor_model_parallel_region(model(greedy)).transpose(0, 1)
+    network = CachedNetwork(weights_of(model, arch), arch, layout, parallel_state.get_tensor_model_parallel_group())
+    prompt, text = case["tokens"][:, :24], case["context"]
+    prompt = torch.cat((prompt, prompt[:1].flip(1)))
+    text = None if text is None else torch.cat((text, text[:1]))
+    length = 0 if text is None else text.size(1)
+    new = 20
+    results = {}
+    for batch in (1, 3):
+        generator = TokenGenerator(network, batch, GREEDY, length)
+        rows = slice(0, batch), None if text is None else text[:batch]
+        ids = generator(prompt[rows[0]], new, [0] * batch, rows[1])
+        context = None if rows[1] is None else rows[1].transpose(0, 1)
+        logits = gather_from_tensor_model_parallel_region(model(ids, context=context)).transpose(0, 1)
+        results[f"greedy {batch}"] = {"ids": ids, "logits": logits, "new": new}
+    # The cache's logits of the last positions of the golden tokens, one by one.
+    cache, given = network.new_cache(2, length), case["tokens"]
+    first = given.size(1) - 10
+    steps = [network.prefill(given[:, :first], cache, case["context"])]
+    steps += [network.decode(given[:, at], torch.tensor([at]), cache) for at in range(first, given.size(1))]
+    results["cached logits"] = torch.stack(steps, 1)
     # A seed of its own on every rank: only the first rank's draw may count.
-    sampled = generate_tokens(model, prompt, new, SamplingOptions(1.0, 0.9), torch.Generator().manual_seed(rank))
-    too_long = error_of(generate_tokens, model, prompt, new + 1, SamplingOptions(0))
+    drawn = TokenGenerator(network, 3, DRAWN, length)
+    results["drawn"] = drawn(prompt, new, [rank, 7, 7], text)
+    single = TokenGenerator(network, 1, DRAWN, length)
+    row = None if text is None else text[1:2]
+    results["drawn alone"] = single(prompt[1:2], new, [7], row)
+    results["too long"] = error_of(single, prompt[:1], network.capacity - 23, [0], row)
+    results["other batch"] = error_of(single, prompt, new, [0, 0, 0], text)
+    results["text"] = error_of(network.prefill, prompt, cache, None if text is not None else torch.zeros(3, 2, 8))
     model.post_process = False
-    staged = error_of(generate_tokens, model, prompt, new, SamplingOptions(0))
-    return {
-        "prompt_length": prompt.size(1),
-        "greedy": greedy,
-        "logits": logits,
-        "sampled": sampled,
-        "too_long": too_long,
-        "staged": staged,
-    }
-
-
-def videos(config):
-    """Continuation of a clip with a tiny model of random weights."""
-    config.model.preset = "tiny"
-    config.data.height, config.data.width, config.data.num_frames = 32, 48, 25
-    arch, layout, device = resolve_arch(config.model), derive_video_layout(config), torch.device("cpu")
-    chunks = build_model(config, arch, layout, device)
-    initialize_weights(chunks, arch, seed=0)
-    tokenizer = build_tokenizer(config, device)
-    pipeline = VideoPipeline(chunks[0].eval(), tokenizer, layout)
-    clip = torch.rand(1, 3, 25, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    options = SamplingOptions(1.0, 0.8)
-    results = {"clip_ids": tokenizer.encode(clip)[0]}
-    for name, frames, seed in (("one", 1, 0), ("nine", 9, 0), ("nine_again", 9, 0), ("nine_other", 9, 1)):
-        made = pipeline.continue_video(clip[:, :, :frames], options, seed)
-        results[name] = {"ids": made.ids, "video": made.video, "num_given": made.num_given}
-    results["decoded"] = tokenizer.decode(made.ids[None])[0]
-    results["bad"] = [
-        error_of(pipeline.continue_video, clip[:, :, :frames, :height], options, 0)
-        for frames, height in ((8, 32), (25, 32), (9, 16))
-    ]
+    results["staged"] = error_of(weights_of, model, arch)
     return results
 
 
@@ -82,7 +75,8 @@ def main():
     config.parallel.tensor_model_parallel_size = int(os.environ["WORLD_SIZE"])
     initialize(config.parallel, seed=0)
     rank = int(os.environ["RANK"])
-    torch.save({"tokens": tokens(config, rank), "videos": videos(config)}, Path(sys.argv[1]) / f"{rank}.pt")
+    results = {name: tokens(name, config, rank) for name in ("base", "yarn", "video2world")}
+    torch.save({**results}, Path(sys.argv[1]) / f"{rank}.pt")
     shut_down()
 
 

@@ -49,12 +49,6 @@ def test_causal_with_grouped_queries(groups):
     check(attention(), tensors(7, 7, groups=groups), torch.ones(7, 7, dtype=torch.bool).tril())
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (3, 9), (8, 9)])
-def test_new_queries_see_the_cache_and_what_stands_before_them(queries, keys):
-    allowed = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
-    check(attention(), tensors(queries, keys), allowed)
-
-
 def test_cross_attention_sees_all_keys_but_the_masked_ones():
     module = attention(AttnMaskType.padding, "cross")
     check(module, tensors(3, 9), torch.ones(3, 9, dtype=torch.bool))

@@ -1,0 +1,130 @@
+"""From a checkpoint to a pipeline: which config and model it is, and the network over this run's processes."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from cosmos_mcore.checkpoint.architecture import describe
+from cosmos_mcore.checkpoint.recognize import open_checkpoint
+from cosmos_mcore.config import RunConfig, derive_video_layout, load_config
+from cosmos_mcore.inference.network import CachedNetwork
+from cosmos_mcore.inference.pipeline import VideoPipeline
+from cosmos_mcore.inference.weights import load_weights
+from cosmos_mcore.model.builder import DTYPES
+from cosmos_mcore.model.presets import ModelArch, resolve_arch
+from cosmos_mcore.parallel.initialize import initialize
+from cosmos_mcore.parallel.layout import check_layout
+from cosmos_mcore.tokenizer.build import build_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# What the released models were trained on (spec/inference.md section 2), and where their tokenizer is downloaded to.
+RELEASED_SIZE = (33, 640, 1024)
+RELEASED_TOKENIZER = "Cosmos-Tokenize1-DV8x16x16-720p"
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds its checkpoints
+
+
+def find_run_config(checkpoint: Path) -> Path | None:
+    """The config of a checkpoint: beside it, or in the folder of the run whose checkpoint it is; None without one."""
+    checkpoint = checkpoint.absolute()
+    folders = [checkpoint if checkpoint.is_dir() else checkpoint.parent]
+    # RUN/checkpoints/iter_..., but not checkpoints/MODEL, where the folder above may be anything.
+    if checkpoint.name == CHECKPOINTS:
+        folders.append(checkpoint.parent)
+    elif checkpoint.parent.name == CHECKPOINTS and checkpoint.name.startswith("iter_"):
+        folders.append(checkpoint.parents[1])
+    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+
+
+def released_config(checkpoint_dir: Path) -> RunConfig:
+    """The config that the released models stand for: they come with none that says it."""
+    config = RunConfig()
+    config.data.num_frames, config.data.height, config.data.width = RELEASED_SIZE
+    config.tokenizer.name = "dv8x16x16"
+    config.tokenizer.path = str(checkpoint_dir / RELEASED_TOKENIZER)
+    return config
+
+
+def read_arch(checkpoint: Path, config_file: Path | None) -> ModelArch:
+    """The model in a checkpoint.
+
+    Args:
+        checkpoint: of any layout. A released model's size in its name (``Cosmos-Predict1-4B``) must be right.
+        config_file: of the run, whose model the checkpoint must hold; None: whatever it holds.
+
+    Raises:
+        ValueError: if there is no checkpoint, it is damaged, of another size, or its model reads text.
+    """
+    size = re.search(r"Predict1-(4B|5B|12B|13B)\b", checkpoint.name)
+    found = open_checkpoint(checkpoint, size[1] if size else "auto").arch
+    if config_file is not None:
+        configured = resolve_arch(load_config(config_file).model)
+        if found != configured:
+            raise ValueError(
+                f"{checkpoint} holds another model ({describe(found)}) than {config_file} ({describe(configured)}); "
+                "give the checkpoint's own --config"
+            )
+    if found.text_to_video:
+        raise ValueError(f"{checkpoint} is a Video2World model, which needs text; this command line has none for it")
+    return found
+
+
+def check_processes(config: RunConfig, arch: ModelArch) -> None:
+    """Checks that ``config.parallel`` can cut the model; raises ValueError that names a number of processes."""
+    check_layout(
+        config,
+        num_layers=arch.num_layers,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        vocab_size=arch.vocab_size,
+    )
+
+
+def share_over_processes(config: RunConfig, processes: int) -> RunConfig:
+    """The config with the model cut over all processes by tensor parallelism, however it was trained."""
+    parallel = replace(
+        config.parallel,
+        tensor_model_parallel_size=processes,
+        sequence_parallel=False,
+        pipeline_model_parallel_size=1,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
+        virtual_pipeline_model_parallel_size=None,
+        context_parallel_size=1,
+    )
+    return replace(config, parallel=parallel)
+
+
+def load_pipeline(
+    config: RunConfig,
+    arch: ModelArch,
+    checkpoint: Path,
+    fp8: bool = False,
+    offload_network: bool = False,
+    offload_tokenizer: bool = False,
+) -> VideoPipeline:
+    """Joins the processes and loads the model.
+
+    Args:
+        config: of ``share_over_processes``.
+        arch: the model.
+        checkpoint: of any layout.
+        fp8: as ``load_weights``.
+        offload_network: as ``VideoPipeline``.
+        offload_tokenizer: as ``VideoPipeline``.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or of another model.
+    """
+    from megatron.core import parallel_state
+
+    layout = derive_video_layout(config)
+    device = initialize(config.parallel, config.training.seed)
+    logger.info("loading weights (%s) from %s", describe(arch), checkpoint)
+    weights = load_weights(checkpoint, arch, device, DTYPES[config.precision.dtype], fp8)
+    network = CachedNetwork(weights, arch, layout, parallel_state.get_tensor_model_parallel_group())
+    return VideoPipeline(network, lambda: build_tokenizer(config, device), offload_network, offload_tokenizer)

@@ -1,0 +1,113 @@
+"""Which inputs a command line names, and their frames in batches; a bad one is reported and left out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cosmos_mcore.inference.video_io import read_conditioning
+from cosmos_mcore.parallel.launch import is_rank_zero
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One input: what to continue, and the name of what is written, without suffix."""
+
+    source: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of each input: so many frames (of an image: one), of this size."""
+
+    num_frames: int
+    height: int
+    width: int
+    frame_stride: int
+
+
+@dataclass
+class Failures:
+    """What went wrong with single inputs of a batch; each is told at once, too."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, where: str, error: object) -> None:
+        """Notes and tells one."""
+        self.lines.append(f"{where}: {error}")
+        if is_rank_zero():
+            logger.error("error: %s: %s; going on with the next input", where, error)
+
+
+def read_batch_file(path: Path, failures: Failures) -> list[Item]:
+    """Reads a file of one JSON object per line, ``{"visual_input": PATH}``, as the original's.
+
+    Outputs are named by the line's number from 0: they do not depend on which other inputs are good, and two inputs of
+    one base name do not get in each other's way.
+
+    Raises:
+        ValueError: if there is no such file, or no line in it names an input.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; --batch_input_path needs a file with one JSON object per line")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from None
+    items = []
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            items.append(Item(Path(entry["visual_input"]), str(number)))
+        except (json.JSONDecodeError, KeyError, TypeError):
+            failures.add(f"{path}, line {number + 1}", 'is no JSON object with a path in "visual_input"')
+    if not items:
+        raise ValueError(f'{path} names no input; give one JSON object per line: {{"visual_input": "clip.mp4"}}')
+    return items
+
+
+def read_batches(
+    items: Sequence[Item], wanted: Wanted, size: int, failures: Failures | None
+) -> Iterator[tuple[list[Item], Tensor]]:
+    """Reads inputs in groups that can be generated together: at most ``size``, all with equally many frames.
+
+    Args:
+        items: in order.
+        wanted: what to read.
+        size: of a group.
+        failures: gets those that cannot be read; None: the first one ends everything.
+
+    Yields:
+        The items and their frames [B, 3, T, H, W] float32 in [-1, 1].
+
+    Raises:
+        ValueError: without ``failures``, if an input cannot be read.
+    """
+    group: list[Item] = []
+    clips: list[Tensor] = []
+    for item in items:
+        try:
+            clip = read_conditioning(item.source, wanted.num_frames, wanted.height, wanted.width, wanted.frame_stride)
+        except ValueError as error:
+            if failures is None:
+                raise
+            failures.add(item.name, error)
+            continue
+        if group and (len(group) == size or clip.shape != clips[0].shape):
+            yield group, torch.cat(clips)
+            group, clips = [], []
+        group.append(item)
+        clips.append(clip)
+    if group:
+        yield group, torch.cat(clips)

@@ -1,0 +1,21 @@
+"""Networks of random weights, made without a checkpoint."""
+
+from types import SimpleNamespace
+
+import torch
+
+from cosmos_mcore.checkpoint.names import original_shapes
+from cosmos_mcore.inference.weights import Weights, weights_from
+from cosmos_mcore.model.init import initial_tensor
+
+NO_GROUP = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # a process group of one, without a store
+
+
+def random_weights(arch, fp8=False, seed=0, device="cpu", dtype=torch.float32) -> Weights:
+    """The start weights of training."""
+    shapes = original_shapes(arch)
+
+    def get(name):
+        return initial_tensor(name, shapes[name], arch, seed, torch.device("cpu"))
+
+    return weights_from(get, arch, torch.device(device), dtype, fp8)

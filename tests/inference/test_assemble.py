@@ -1,0 +1,46 @@
+"""Which config a checkpoint stands for."""
+
+import pytest
+
+from cosmos_mcore.config import RunConfig, derive_video_layout, validate
+from cosmos_mcore.inference.assemble import find_run_config, released_config, share_over_processes
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "expected"),
+    [
+        ("run", "run"),
+        ("run/checkpoints", "run"),
+        ("run/checkpoints/iter_000000010", "run"),
+        ("run/checkpoints/iter_000000010.pt", "run"),
+        ("checkpoints/mine", "checkpoints/mine"),
+        ("checkpoints/mine/model.pt", "checkpoints/mine"),
+        ("checkpoints/released", None),
+        ("checkpoints/released/model.pt", None),
+    ],
+)
+def test_the_config_of_a_checkpoint(tmp_path, checkpoint, expected):
+    for folder in ("run/checkpoints/iter_000000010", "checkpoints/mine", "checkpoints/released"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("run/config.yaml", "checkpoints/mine/config.yaml", "config.yaml"):
+        (tmp_path / file).touch()
+    found = find_run_config(tmp_path / checkpoint)
+    assert found == (None if expected is None else tmp_path / expected / "config.yaml")
+
+
+def test_released_models_make_the_original_s_clips(tmp_path):
+    config = released_config(tmp_path)
+    validate(config)
+    layout = derive_video_layout(config)
+    assert layout.latent_shape == (5, 40, 64)
+    assert layout.num_tokens == 12800
+    assert config.tokenizer.path == str(tmp_path / "Cosmos-Tokenize1-DV8x16x16-720p")
+
+
+def test_any_training_layout_becomes_tensor_parallelism():
+    config = RunConfig()
+    config.parallel.pipeline_model_parallel_size = 2
+    config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel = 2, True
+    shared = share_over_processes(config, 4).parallel
+    assert (shared.tensor_model_parallel_size, shared.pipeline_model_parallel_size) == (4, 1)
+    assert not shared.sequence_parallel

@@ -1,0 +1,57 @@
+"""The inputs of a command line: a bad one is reported and left out, and never touches its neighbours."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from cosmos_mcore.inference.inputs import Failures, Item, Wanted, read_batch_file, read_batches
+from cosmos_mcore.inference.video_io import write_mp4
+
+WANTED = Wanted(9, 16, 32, 1)
+
+
+def video(path, frames):
+    return write_mp4(path, torch.linspace(-1, 1, 32).expand(3, frames, 16, 32), 24)
+
+
+def test_a_batch_file_names_outputs_by_line(tmp_path):
+    file = tmp_path / "batch.jsonl"
+    lines = [json.dumps({"visual_input": "a/clip.mp4"}), "", "{", '["x"]', '{"other": 1}', '{"visual_input": 3}']
+    file.write_text("\n".join([*lines, json.dumps({"visual_input": "b/clip.mp4"})]) + "\n")
+    failures = Failures()
+    items = read_batch_file(file, failures)
+    assert [(str(item.source), item.name) for item in items] == [("a/clip.mp4", "0"), ("b/clip.mp4", "6")]
+    assert [line.split(": ")[0].rpartition(" ")[2] for line in failures.lines] == ["3", "4", "5", "6"]
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "no file"), (b"\n", "names no input"), (b"\xff", "as text")])
+def test_a_batch_file_without_inputs_is_refused(tmp_path, content, message):
+    file = tmp_path / "batch.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_batch_file(file, Failures())
+
+
+def test_groups_hold_what_can_be_generated_together(tmp_path):
+    good, short = video(tmp_path / "good.mp4", 12), video(tmp_path / "short.mp4", 3)
+    picture, sound = tmp_path / "picture.png", tmp_path / "sound.mp4"
+    Image.new("RGBA", (40, 40), "red").save(picture)
+    sound.write_bytes(b"RIFF....WAVE")
+    paths = [good, short, good, tmp_path / "missing.mp4", good, picture, sound, good]
+    items = [Item(path, str(number)) for number, path in enumerate(paths)]
+    failures = Failures()
+    groups = [([item.name for item in group], clips) for group, clips in read_batches(items, WANTED, 2, failures)]
+    assert [names for names, _ in groups] == [["0", "2"], ["4"], ["5"], ["7"]]
+    assert [tuple(clips.shape) for _, clips in groups] == [
+        (n, 3, t, 16, 32) for n, t in ((2, 9), (1, 9), (1, 1), (1, 9))
+    ]
+    assert [line.split(":")[0] for line in failures.lines] == ["1", "3", "6"]
+    assert "has 3 frames, but 9 are needed" in failures.lines[0]
+
+
+def test_a_single_input_s_mistake_ends_everything(tmp_path):
+    with pytest.raises(ValueError, match="there is no file"):
+        next(read_batches([Item(tmp_path / "missing.mp4", "output")], WANTED, 8, None))

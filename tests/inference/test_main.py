@@ -1,0 +1,140 @@
+"""The command line: what it writes, under which names, and one line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+from cosmos_mcore.checkpoint.names import original_shapes
+from cosmos_mcore.config import RunConfig, to_yaml
+from cosmos_mcore.inference import main as command
+from cosmos_mcore.inference.video_io import write_mp4
+from cosmos_mcore.model.init import initial_tensor
+from cosmos_mcore.model.presets import resolve_arch
+from tests.checkpoint.models import save_model
+from tests.processes import ROOT, environment
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A downloaded model of ours with its config, and inputs."""
+    folder = tmp_path_factory.mktemp("generation")
+    config = RunConfig()
+    config.model.preset, config.model.num_layers, config.model.hidden_size = "tiny", 2, 64
+    config.data.height, config.data.width, config.data.num_frames = 32, 48, 17
+    config.precision.dtype = "fp32"
+    arch = resolve_arch(config.model)
+    cpu = torch.device("cpu")
+    weights = {name: initial_tensor(name, shape, arch, 0, cpu) for name, shape in original_shapes(arch).items()}
+    save_model(folder / "checkpoints" / "tiny" / "model.pt", weights)
+    (folder / "checkpoints" / "tiny" / "config.yaml").write_text(to_yaml(config))
+    write_mp4(folder / "clip.mp4", torch.linspace(-1, 1, 48).expand(3, 12, 32, 48), 12)
+    write_mp4(folder / "short.mp4", torch.zeros(3, 3, 32, 48), 12)
+    Image.new("L", (64, 64), 90).save(folder / "picture.webp")
+    (folder / "sound.wav").write_bytes(b"RIFF0000WAVEfmt ")
+    (folder / "released").mkdir()
+    save_model(folder / "released" / "Cosmos-Predict1-12B" / "model.pt", weights)
+    return folder
+
+
+def arguments(folder, *more):
+    return ["--checkpoint_dir", str(folder / "checkpoints"), "--ar_model_dir", "tiny", *map(str, more)]
+
+
+def facts(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return sum(1 for _ in container.decode(stream)), float(stream.average_rate), stream.height, stream.width
+
+
+def generate(folder, *more):
+    script = [sys.executable, "examples/generate_video.py", *arguments(folder, *more)]
+    return subprocess.run(script, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+
+
+def test_the_original_s_line_with_its_flags(folder, tmp_path):
+    made = tmp_path / "made"
+    done = generate(
+        folder,
+        "--input_type=video",
+        f"--input_image_or_video_path={folder / 'clip.mp4'}",
+        "--video_save_name=Cosmos-Predict1-4B",
+        f"--video_save_folder={made}",
+        "--top_p=0.8",
+        "--temperature=1.0",
+        "--offload_diffusion_decoder",
+        "--offload_tokenizer",
+        "--num_frames=20",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in made.iterdir()] == ["Cosmos-Predict1-4B.mp4"]
+    assert facts(made / "Cosmos-Predict1-4B.mp4") == (20, 12, 32, 48)
+    assert "UNCHECKED" in done.stdout
+
+
+def test_a_batch_on_two_processes_goes_on_past_bad_inputs(folder, tmp_path):
+    batch, made = tmp_path / "batch.jsonl", tmp_path / "made"
+    names = ["clip.mp4", "missing.mp4", "sound.wav", "short.mp4", "picture.webp", "clip.mp4"]
+    batch.write_text("".join(json.dumps({"visual_input": str(folder / name)}) + "\n" for name in names))
+    more = ["--batch_input_path", batch, "--video_save_folder", made, "--disable_guardrail", "--num_gpus", "2"]
+    done = generate(folder, *more, "--num_samples", "2", "--seed", "5")
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert sorted(path.name for path in made.iterdir()) == [f"{n}_{k}.mp4" for n in (0, 4, 5) for k in (0, 1)]
+    assert facts(made / "0_0.mp4") == (17, 12, 32, 48)
+    assert facts(made / "4_0.mp4") == (17, 25, 32, 48)
+    assert (made / "0_1.mp4").read_bytes() == (made / "5_1.mp4").read_bytes()
+    assert (made / "0_0.mp4").read_bytes() != (made / "0_1.mp4").read_bytes()
+    assert "3 of 6 inputs gave no video" in done.stdout
+    assert done.stdout.count("error: 1: ") == 1, "told once, not by every process"
+
+
+def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "configure_logging", lambda: None)
+    monkeypatch.setattr(command, "processes_to_start", lambda config: 0)
+    made = tmp_path / "made"
+    clip = ["--input_image_or_video_path", folder / "clip.mp4"]
+    plain_file = tmp_path / "file"
+    plain_file.touch()
+    released = ["--checkpoint_dir", folder / "released"]
+    other = tmp_path / "other.yaml"
+    other.write_text("model:\n  preset: tiny\n")
+    for more, message in (
+        ([], "give --input_image_or_video_path"),
+        (["--input_image_or_video_path", folder / "missing.mp4"], "there is no file"),
+        (["--input_image_or_video_path", folder / "sound.wav"], "sound.wav"),
+        (["--input_image_or_video_path", folder / "short.mp4"], "has 3 frames, but 9 are needed"),
+        ([*clip, "--compare"], "has 12 frames, but 17 are needed"),
+        ([*clip, "--video_save_folder", plain_file / "below"], "cannot be made"),
+        ([*clip, "--video_save_name", "a/b"], "must be a name"),
+        ([*clip, "--num_frames", 9], "leaves nothing to generate"),
+        ([*clip, "--num_samples", 9], "at most 8"),
+        ([*clip, "--fps", 0], "must be more than 0"),
+        ([*clip, "--seed", -1], "--seed -1"),
+        ([*clip, "--top_p", 2], "top_p=2.0 must lie between"),
+        ([*clip, "--height", 40], "data.height=40 must be a multiple of 16"),
+        ([*clip, "--num_gpus", 3], "does not divide"),
+        ([*clip, "--ar_model_dir", "absent"], "download_autoregressive_checkpoints.py"),
+        ([*clip, *released, "--ar_model_dir", "Cosmos-Predict1-12B"], "is not a 12B model"),
+        ([*clip, "--config", other, "--checkpoint", folder / "checkpoints" / "tiny"], "holds another model"),
+        ([*clip, "--checkpoint", folder / "clip.mp4"], "clip.mp4"),
+        (["--batch_input_path", folder / "missing.jsonl"], "there is no file"),
+    ):
+        with pytest.raises(ValueError) as error:
+            command.main(arguments(folder, "--video_save_folder", made, *more))
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+    assert list(made.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_without_permission_is_refused(folder, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        command.main(
+            arguments(folder, "--input_image_or_video_path", folder / "clip.mp4", "--video_save_folder", tmp_path)
+        )
