@@ -56,6 +56,7 @@ class TokenizerConfig:
     pixel_chunk_duration: PositiveInt | None = (
         None  # frames encoded as one causal clip; None: 33, or num_frames if shorter
     )
+    engine: Literal["eager", "jit"] = "eager"  # dv8x16x16 only: our networks, or the released files run as they are
 
 
 @dataclass
