@@ -7,7 +7,9 @@ edit lists and a variable frame rate change nothing. To reach a frame, only its 
 from __future__ import annotations
 
 import bisect
+import math
 import os
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -31,12 +33,17 @@ class Mp4File:
             still turn out to have fewer.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], timeout: float = math.inf) -> None:
         """Opens the file and reads its index.
+
+        Args:
+            path: the file.
+            timeout: seconds from now after which reading is given up.
 
         Raises:
             UnreadableVideoError: if there is no such file, or it is no video that can be decoded here.
         """
+        self._timeout, self._deadline = timeout, time.monotonic() + timeout
         try:
             size = os.stat(path).st_size
             self._container = av.open(os.fspath(path), **_OPEN_OPTIONS)
@@ -94,6 +101,7 @@ class Mp4File:
         start = max((i for i, suitable in enumerate(is_start) if suitable), default=0)
         found: dict[int, np.ndarray] = {}
         for packet in [*packets[start:], None]:  # None makes the decoder hand out the frames it holds back
+            self._check_deadline()
             for frame in self._stream.codec_context.decode(packet):
                 if frame.pts in wanted and not frame.is_corrupt:
                     found[frame.pts] = _upright_rgb(frame)
@@ -122,6 +130,7 @@ class Mp4File:
         landed: int | None = None  # position in the index of the first packet
         number = 0  # frame number of shown[0]
         for packet in self._container.demux(self._stream):
+            self._check_deadline()
             if packet.pts is None or packet.dts is None:
                 continue
             if not packets:
@@ -140,6 +149,10 @@ class Mp4File:
             else:
                 bisect.insort(shown, packet.pts)
         return packets, {number + i: timestamp for i, timestamp in enumerate(shown[: last - number + 1])}
+
+    def _check_deadline(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise UnreadableVideoError(f"was given up: it takes more than {self._timeout:g} s to decode")
 
     def _start_entry(self, frame: int) -> int:
         """A keyframe, as a position in the index, that is certain to be shown no later than ``frame``.

@@ -14,7 +14,7 @@ PATCH = 2**_LEVELS
 
 
 def patch(video: Tensor) -> Tensor:
-    """[B, C, 1 + 4k, H, W], any floating dtype, to float32 [B, 64 C, 1 + k, H/4, W/4]: the first frame counts 4 times."""
+    """[B, C, 1 + 4k, H, W], any dtype, to float32 [B, 64 C, 1 + k, H/4, W/4]; the first frame counts four times."""
     first = video[:, :, :1].expand(-1, -1, PATCH - 1, -1, -1)
     video = torch.cat([first, video], dim=2).to(torch.float32)
     for _ in range(_LEVELS):
@@ -37,7 +37,7 @@ def unpatch(bands: Tensor) -> Tensor:
 def _split(video: Tensor, axis: int) -> Tensor:
     """Means and half differences of pairs along ``axis`` of the last 5; a new leading axis holds the two.
 
-    The original's factors 1/sqrt(2) for each axis and 1/(2 sqrt(2)) for the level multiply to 1/8, so 1/2 for each axis.
+    The original's factors 1/sqrt(2) for an axis and 1/(2 sqrt(2)) for a level multiply to 1/8: 1/2 for each axis.
     """
     axis -= 5
     even, odd = video.unflatten(axis, (-1, 2)).unbind(axis)

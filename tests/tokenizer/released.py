@@ -71,7 +71,7 @@ def seeded(network, seed=0):
 
 
 def write_released(folder, encoder=None, decoder=None, frames=9, height=32, width=32):
-    """Writes ``encoder.jit`` and ``decoder.jit``, traced at one size as the released ones are, and returns the folder."""
+    """Writes ``encoder.jit`` and ``decoder.jit``, traced at one size as the released ones are; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder, decoder = encoder or seeded(EncoderFile()), decoder or seeded(DecoderFile(), 1)
     video = torch.zeros(1, 3, frames, height, width)
