@@ -44,7 +44,9 @@ class ModelConfig:
     num_attention_heads: PositiveInt | None = None
     num_query_groups: PositiveInt | None = None
     kv_channels: PositiveInt | None = None
-    num_condition_latents: PositiveInt = 1  # leading latent frames that are given, not learnt (spec/model.md section 7)
+    num_condition_latents: NonNegativeInt = (
+        1  # leading latent frames that are given, not learnt (spec/model.md section 7)
+    )
     z_loss_coeff: NonNegativeFloat = 1.0e-4
 
 

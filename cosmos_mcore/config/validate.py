@@ -43,9 +43,7 @@ def _check_data(config: RunConfig) -> None:
     data = config.data
     entries = len(data.path) if isinstance(data.path, list) else 1
     if data.weights is not None and len(data.weights) != entries:
-        raise ValueError(
-            f"data.weights has {len(data.weights)} numbers for {entries} entries of data.path; give as many"
-        )
+        raise ValueError(f"data.weights has {len(data.weights)} numbers, data.path {entries} entries; give as many")
 
 
 def _check_parallel(config: RunConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cosmos_mcore.config.schema import DataConfig
+from cosmos_mcore.data.images import is_image, read_image
 from cosmos_mcore.data.index import Clip
 from cosmos_mcore.data.mp4 import Mp4File
 from cosmos_mcore.data.transforms import resize_and_crop
@@ -55,8 +56,11 @@ class PyAVDecoder(ClipDecoder):
 
     def decode(self, clip: Clip) -> Tensor:
         """See ``ClipDecoder.decode``."""
-        with Mp4File(clip.path, self._config.decode_timeout) as file:
-            frames = file.read(clip.frame_numbers)
+        if is_image(clip.path):
+            frames = read_image(clip.path)
+        else:
+            with Mp4File(clip.path, self._config.decode_timeout) as file:
+                frames = file.read(clip.frame_numbers)
         return resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), self._config.height, self._config.width)
 
     def close(self) -> None:

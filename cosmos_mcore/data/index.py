@@ -1,4 +1,4 @@
-"""The clips that a set of MP4 files holds (spec/data.md section 2).
+"""The clips that a set of MP4 files holds, and with clips of one frame, of images (spec/data.md section 2).
 
 Imports no torch, so a wrong path is reported at once.
 """
@@ -17,6 +17,7 @@ from typing import overload
 
 from cosmos_mcore.config.schema import DataConfig
 from cosmos_mcore.data.contents import FileContents
+from cosmos_mcore.data.images import check_image, is_image
 from cosmos_mcore.data.mp4 import Mp4File, UnreadableVideoError
 from cosmos_mcore.data.token_cache import cached_keys, check_settings, clip_settings, is_cache
 
@@ -146,7 +147,7 @@ def index_clips(config: DataConfig) -> ClipIndex:
     Folders are searched recursively, and the file extension may be in capitals, too (the original does neither).
     Hidden files and folders are left out: they are half-written, or not meant to be data. The order is by path below
     each given folder, so it is the same on every machine. A file counts as usable if it has enough frames and its
-    first one can be decoded.
+    first one can be decoded. With ``num_frames`` 1, an image is a file with one clip.
 
     Args:
         config: read are ``path``, ``weights``, ``num_frames``, ``frame_stride`` and ``start_frame_interval``; where the
@@ -180,6 +181,9 @@ def index_clips(config: DataConfig) -> ClipIndex:
 def _count_clips(path: str, config: DataConfig) -> int | SkippedFile:
     span = (config.num_frames - 1) * config.frame_stride + 1
     try:
+        if is_image(path):
+            check_image(path)
+            return 1
         with Mp4File(path) as file:
             if file.num_frames < span:
                 return SkippedFile(path, f"has {file.num_frames} frames, a clip needs {span}")
@@ -206,12 +210,12 @@ def _find_groups(config: DataConfig) -> list[list[str]]:
     for root in map(Path, roots):
         root = root.expanduser()
         if root.is_dir():
-            paths = sorted(_walk(root), key=lambda path: os.path.relpath(path, root))
+            paths = sorted(_walk(root, config), key=lambda path: os.path.relpath(path, root))
         elif not root.exists():
             raise ValueError(
                 f"data.path={root} does not exist ({root.absolute()}); set data.path to a folder with MP4 files"
             )
-        elif not _is_mp4(root.name):
+        elif not _is_usable(root.name, config):
             raise ValueError(f"data.path={root} is not an MP4 file; set data.path to a folder with MP4 files")
         else:
             paths = [str(root)]
@@ -222,8 +226,8 @@ def _find_groups(config: DataConfig) -> list[list[str]]:
     return groups
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """MP4 files at any depth; links to folders are followed, each folder once."""
+def _walk(root: Path, config: DataConfig) -> Iterator[str]:
+    """Usable files at any depth; links to folders are followed, each folder once."""
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
@@ -235,7 +239,7 @@ def _walk(root: Path) -> Iterator[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
             path = os.path.join(folder, name)
-            if _is_mp4(name) and not name.startswith(".") and not _is_special(path):
+            if _is_usable(name, config) and not name.startswith(".") and not _is_special(path):
                 yield path
 
 
@@ -243,8 +247,8 @@ def _refuse(error: OSError) -> None:
     raise ValueError(f"data.path: the folder {error.filename} cannot be read ({error.strerror})") from error
 
 
-def _is_mp4(name: str) -> bool:
-    return name.lower().endswith(".mp4")
+def _is_usable(name: str, config: DataConfig) -> bool:
+    return name.lower().endswith(".mp4") or (config.num_frames == 1 and is_image(name))
 
 
 def _is_special(path: str) -> bool:

@@ -46,6 +46,7 @@ class ShardWriter:
 
     Attributes:
         path: the file of the records.
+        count: records written.
         size: bytes written to both.
     """
 
@@ -57,7 +58,7 @@ class ShardWriter:
         """
         name = f"{time.time_ns():020d}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.path = folder / f"{name}.ids"
-        self._num_tokens, self._count, self.size = num_tokens, 0, 0
+        self._num_tokens, self.count, self.size = num_tokens, 0, 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         self._ids = os.open(self.path, flags, 0o644)
         self._index = os.open(self.path.with_suffix(".idx"), flags, 0o644)
@@ -71,9 +72,9 @@ class ShardWriter:
         assert ids.shape == (self._num_tokens,) and ids.dtype == np.uint16
         body = _RECORD_HEAD.pack(_RECORD_MARK, *key) + ids.astype("<u2").tobytes()
         _write(self._ids, body + _CHECKSUM.pack(zlib.crc32(body)))
-        entry = struct.pack("<16sII", *key, self._count)
+        entry = struct.pack("<16sII", *key, self.count)
         _write(self._index, entry + _CHECKSUM.pack(zlib.crc32(entry)))
-        self._count += 1
+        self.count += 1
         self.size += record_bytes(self._num_tokens) + _ENTRY.size
 
     def close(self) -> None:
@@ -109,6 +110,11 @@ class ShardReader:
             for entry in sorted(os.scandir(self._folder), key=lambda entry: entry.name):
                 if entry.name.endswith(".idx"):
                     self._read_index(entry.name)
+
+    def note(self, key: ClipKey, path: Path, number: int) -> None:
+        """Takes in a record that this process has written: the ``number``-th of ``path``."""
+        with self._lock:
+            self._places[key] = (path.stem, number)
 
     def read(self, key: ClipKey) -> np.ndarray | None:
         """Ids [tokens], uint16, of a clip; None if there is no sound record of it."""

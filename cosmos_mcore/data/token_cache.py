@@ -161,6 +161,7 @@ class TokenCache:
                 if self._writer is None:
                     self._writer = ShardWriter(self.folder, self._num_tokens)
                 self._writer.append(key, ids.astype(np.uint16))
+                self._reader.note(key, self._writer.path, self._writer.count - 1)
                 self.added += 1
                 if self._writer.size >= min(_SHARD_BYTES, self._limit / 8):
                     self._roll()
