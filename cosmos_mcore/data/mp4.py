@@ -139,8 +139,8 @@ class Mp4File:
             wanted = self._timestamps(numbers, timestamps)
             packets = packets[_start(packets, wanted[0]) :]
             # Frames shown before the keyframe that they follow in the file refer to what lies before it.
-            packets = [packet for packet in packets if packet.pts >= packets[0].pts]
-            shown = sorted(packet.pts for packet in packets)
+            packets = [packet for packet in packets if _pts(packet) >= _pts(packets[0])]
+            shown = sorted(map(_pts, packets))
             places = {timestamp: place for place, timestamp in enumerate(shown)}
             return self._mux(packets, places), [places[timestamp] for timestamp in wanted]
         except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -153,9 +153,9 @@ class Mp4File:
         with av.open(file, "w", format="mp4") as output:
             stream = output.add_stream_from_template(self._stream)
             # A frame may be shown no earlier than it is decoded.
-            delay = max(number - places[packet.pts] for number, packet in enumerate(packets))
+            delay = max(number - places[_pts(packet)] for number, packet in enumerate(packets))
             for number, packet in enumerate(packets):
-                packet.pts, packet.dts, packet.duration = places[packet.pts] + delay, number, 1
+                packet.pts, packet.dts, packet.duration = places[_pts(packet)] + delay, number, 1
                 packet.time_base = Fraction(1, _COPY_RATE)
                 packet.stream = stream
             output.mux(packets)
@@ -245,9 +245,14 @@ class Mp4File:
         return keyframes[-2] if len(keyframes) > 1 else 0
 
 
+def _pts(packet: av.Packet) -> int:
+    assert packet.pts is not None  # _demux has left the others out
+    return packet.pts
+
+
 def _start(packets: list[av.Packet], timestamp: int) -> int:
     """The last keyframe that is shown no later than a frame."""
-    is_start = (packet.is_keyframe and packet.pts is not None and packet.pts <= timestamp for packet in packets)
+    is_start = (packet.is_keyframe and _pts(packet) <= timestamp for packet in packets)
     return max((i for i, suitable in enumerate(is_start) if suitable), default=0)
 
 
