@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +20,8 @@ from cosmos_mcore.data.shards import ClipKey
 from cosmos_mcore.data.token_cache import TokenCache, cache_folder, cache_settings, is_cache
 from cosmos_mcore.data.transforms import normalize
 from cosmos_mcore.tokenizer.base import VideoTokenizer
+
+_TRIM_INTERVAL = 256  # clips
 
 
 class ClipTokens:
@@ -45,6 +49,7 @@ class ClipTokens:
         """
         self.cache, self.parallel_clips = cache, decoder.parallel_clips
         self._decoder, self._tokenizer, self._layout, self._device = decoder, tokenizer, layout, device
+        self._made = itertools.count(1)
         # Not training's stream: a step must not queue behind a clip of a later one.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -73,6 +78,8 @@ class ClipTokens:
             self.cache.close()
 
     def _make(self, clip: Clip) -> np.ndarray:
+        if next(self._made) % _TRIM_INTERVAL == 0:
+            _release_memory()
         with self._on_stream():
             frames = self._decoder.decode(clip).to(self._device)
             if self._stream is not None:
@@ -103,3 +110,10 @@ def build_clip_tokens(config: RunConfig, tokenizer: VideoTokenizer, device: torc
     limit = config.data.token_cache_gb * 1e9
     cache = None if folder is None else TokenCache(folder, settings, limit, writable=not is_cache(config.data.path))
     return ClipTokens(decoder, tokenizer, layout, device, cache)
+
+
+def _release_memory() -> None:
+    """Gives back what glibc holds for frames that are gone: with many threads, it would grow for thousands of clips."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
