@@ -81,6 +81,7 @@ class DaliDecoder(ClipDecoder):
         self._formats: dict[tuple[str, int, int], VideoFormat] = {}
         self._lock = threading.Lock()
         self.on_cpu = self.abandoned = 0
+        self._warned = False
         self._workers = [_Worker(self._requests, config, device) for _ in range(_PIPELINES)]
 
     @property
@@ -115,7 +116,10 @@ class DaliDecoder(ClipDecoder):
             except _DecodeError as error:
                 reason = error
         # PyAV either can, or knows the reason better.
-        logger.debug("%s from frame %d on: %s", clip.path, clip.first_frame, reason)
+        if not self._warned:
+            self._warned = True
+            first_line = str(reason).strip().splitlines()[-1] if str(reason).strip() else "no reason given"
+            logger.warning("DALI cannot decode %s, PyAV is asked (said once): %s", clip.path, first_line)
         return self._on_cpu(clip)
 
     def close(self) -> None:
