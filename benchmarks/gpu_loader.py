@@ -30,6 +30,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from cosmos_mcore.config import load_config
 from cosmos_mcore.config.derived import derive_video_layout
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.decode import PyAVDecoder, build_decoder
@@ -199,30 +200,31 @@ def bench_loader(config: RunConfig, folder: Path) -> None:
 
 def bench_train(videos: list[str], tokenizer_folder: str, folder: Path, overrides: list[str]) -> None:
     """Two epochs of the 4B on one GPU."""
-    config = base_config(videos, tokenizer_folder)
-    clips = len(index_clips(config.data).clips)
-    batch = next((int(text.split("=")[1]) for text in overrides if text.startswith("training.global_batch_size=")), 1)
-    per_epoch = clips // batch
-    command = [
-        sys.executable,
-        "examples/pretrain_cosmos_ar.py",
-        "conf/teal_tp1.yaml",
-        f"data.path=[{','.join(videos)}]",
-    ]
-    command += [f"tokenizer.path={tokenizer_folder}", "checkpoint.load=null", "logging.tensorboard=false"]
-    command += [f"training.train_iters={2 * per_epoch}", f"checkpoint.save_interval={10 * per_epoch}", *overrides]
+    keys = [f"data.path=[{','.join(videos)}]", f"tokenizer.path={tokenizer_folder}", "checkpoint.load=null", *overrides]
+    config = load_config(ROOT / "conf" / "teal_tp1.yaml", keys)
+    batch = config.training.global_batch_size
+    per_epoch = len(index_clips(config.data).clips) // batch
+    keys += [f"training.train_iters={10 * per_epoch}", f"checkpoint.save_interval={10 * per_epoch}"]
+    command = [sys.executable, "examples/pretrain_cosmos_ar.py", "conf/teal_tp1.yaml", *keys]
     environment = {**os.environ, "OUTPUT_ROOT": str(folder), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment)
-    metrics = folder / "posttraining" / "autoregressive_base" / "base_4b_example_tealrobotsmall_tp1" / "metrics.jsonl"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    job = config.job
+    metrics = folder / job.project / job.group / job.name / "metrics.jsonl"
     records: list[dict[str, float]] = []
     while len(records) < 2 * per_epoch and process.poll() is None:
         time.sleep(1)
         records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    process.terminate()  # the final checkpoint tells nothing here
+    process.kill()  # a checkpoint tells nothing here
     process.wait()
     if len(records) < 2 * per_epoch:
-        sys.exit("train: the run has ended early; see above")
-    epochs = {"first epoch": records[10 : per_epoch - 10], "second epoch": records[per_epoch + 10 :]}
+        sys.exit((folder / "log.txt").read_text()[-4000:] + "\ntrain: the run has ended early")
+    edge = min(10, per_epoch // 4)  # the start, and the clips that are read ahead into the second epoch
+    epochs = {
+        "first epoch": records[edge : per_epoch - edge],
+        "second epoch": records[per_epoch + edge : 2 * per_epoch],
+    }
     medians = {}
     for name, part in epochs.items():
         step = statistics.median(record["elapsed time per iteration (ms)"] for record in part)
