@@ -42,14 +42,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-<<<<<<< HEAD
-            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-        )  # no device_id: it would make NCCL's communicators of all of Megatron's groups at once, used or not
-=======
             timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
->>>>>>> b990023 (Token cache; the ranks of a replica share the reading of clips; offline tokenizing; weighted sources)
+        )  # no device_id: it would make NCCL's communicators of all of Megatron's groups at once, used or not
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
