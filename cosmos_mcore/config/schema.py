@@ -76,7 +76,7 @@ class DataConfig:
     start_frame_interval: PositiveInt = 1  # distance in frames between the first frames of two clips of one file
     decoder: Literal["auto", "pyav", "dali"] = "auto"
     num_workers: PositiveInt = 2  # decoding threads of each process (PyAV)
-    prefetch_steps: PositiveInt = 2  # steps decoded and tokenized ahead of training
+    prefetch_steps: PositiveInt = 4  # steps decoded and tokenized ahead of training
     decode_timeout: PositiveFloat = 60.0  # seconds after which the decoding of a clip is given up and its file skipped
     token_cache: NonEmptyStr | None = "auto"  # folder that keeps ids; auto: below the run's folder; null: nowhere
     token_cache_gb: PositiveFloat = 100.0  # its largest size; beyond it, what was used longest ago is deleted

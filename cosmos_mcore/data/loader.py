@@ -185,6 +185,8 @@ class ClipLoader:
 
     def _share_steps(self) -> None:
         """Runs in a thread of its own until it gets None."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # or pinning memory would wake the first GPU
         while (step := self._sharing.get()) is not None:
             mine: list[Tensor] | Exception
             try:

@@ -117,7 +117,7 @@ class Mp4File:
         if frame is None:
             raise UnreadableVideoError("frame 0 is missing")
         space = _COLOUR_SPACES.get(int(frame.colorspace), "other")
-        codec = self._stream.codec_context.name.removeprefix("lib").split("-")[0]
+        codec = self._stream.codec_context.codec.canonical_name  # whichever library decodes it
         return VideoFormat(codec, frame.format.name, frame.height, frame.width, round(frame.rotation), space)
 
     def cut(self, numbers: Sequence[int]) -> tuple[bytes, list[int]]:

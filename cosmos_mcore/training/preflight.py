@@ -46,9 +46,21 @@ def preflight(config: RunConfig, world_size: int) -> None:
         )
     if not is_cache(config.data.path):
         find_files(config.data)
+    _check_tokenizer(config)
     if latest_checkpoint(run_dir(config) / "checkpoints") is None:
         _check_start(config.checkpoint.load)
     _check_writable(run_dir(config))
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    if config.tokenizer.name == "haar" or config.tokenizer.path is None:
+        return
+    for name in ("encoder.jit", "decoder.jit"):
+        if not (Path(config.tokenizer.path) / name).is_file():
+            raise ValueError(
+                f"tokenizer.path={config.tokenizer.path} has no {name}; download it with "
+                "scripts/download_autoregressive_checkpoints.py, or try tokenizer.name=haar"
+            )
 
 
 def _check_start(load: str | None) -> None:

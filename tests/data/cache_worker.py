@@ -8,11 +8,11 @@ from tests.data.test_token_cache import SETTINGS, clip_ids, key
 
 
 def main(folder, number, clips):
-    """Worker ``number`` adds clips number·1000 to number·1000 + clips - 1 (0: for ever) and prints after each."""
+    """Worker ``number`` adds clips number·10^6 to number·10^6 + clips - 1 (0: for ever) and prints after each."""
     cache = TokenCache(Path(folder), SETTINGS)
     done = 0
     while not clips or done < clips:
-        name = 1000 * number + done
+        name = 10**6 * number + done
         cache.add(key(name), clip_ids(name))
         done += 1
         print(done, flush=True)
