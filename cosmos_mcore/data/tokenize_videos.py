@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,7 +105,10 @@ def fill(config: RunConfig, index: ClipIndex, part: tuple[int, int]) -> Outcome:
     outcome.dropped = {file.path: file for file in index.skipped} if part[0] == 0 else {}
     # Contiguous parts: a file is hashed by one process, seldom by two.
     numbers = range(len(index.clips) * part[0] // part[1], len(index.clips) * (part[0] + 1) // part[1])
-    bar = tqdm(total=len(numbers), unit="clip", desc=f"part {part[0]} of {part[1]}", dynamic_ncols=True, mininterval=1)
+    place = int(os.environ.get("LOCAL_RANK", "0"))  # one line of the terminal for each process
+    seconds = 1 if sys.stderr.isatty() else 30
+    title = f"part {part[0]} of {part[1]}"
+    bar = tqdm(total=len(numbers), unit="clip", desc=title, dynamic_ncols=True, mininterval=seconds, position=place)
     threads = max(config.data.num_workers, tokens.parallel_clips)
     try:
         with ThreadPoolExecutor(threads, thread_name_prefix="clip") as pool:

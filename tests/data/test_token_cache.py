@@ -198,6 +198,28 @@ def test_merge(tmp_path):
         merge(tmp_path / "a", tmp_path / "d")
 
 
+def test_contents_of_large_files_are_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr("cosmos_mcore.data.contents._BLOCK", 4)
+    (tmp_path / "cache").mkdir()
+    found = set()
+    data = bytes(range(256)) * 2
+    for number in range(0, 260, 20):  # up to 64 blocks of 4 bytes, every byte counts
+        changed = bytearray(data[:256])
+        if number < 256:
+            changed[number] ^= 1
+        (tmp_path / "a").write_bytes(changed)
+        found.add(FileContents(tmp_path / "cache").of(str(tmp_path / "a")))
+    for size in (0, 1, 3, 255, 257, 400, 511, 512):
+        (tmp_path / "a").write_bytes(data[:size])
+        found.add(FileContents(tmp_path / "cache").of(str(tmp_path / "a")))
+    for position in (0, 508, 511):
+        changed = bytearray(data)
+        changed[position] ^= 1
+        (tmp_path / "a").write_bytes(changed)
+        found.add(FileContents(tmp_path / "cache").of(str(tmp_path / "a")))
+    assert len(found) == 13 + 8 + 3
+
+
 def test_contents_follow_the_files(tmp_path, monkeypatch):
     cache, a, b = tmp_path / "cache", tmp_path / "a.mp4", tmp_path / "b.mp4"
     cache.mkdir()
