@@ -43,8 +43,7 @@ class CausalConv3d(nn.Module):
         if weight.shape[2] == 1:
             return _frames(F.conv2d(_merge(video), weight[:, :, 0], bias, stride[1:], self.padding), len(video))
         if self.frames_in_front:
-            first = video[:, :, :1].expand(-1, -1, self.frames_in_front, -1, -1)
-            video = torch.cat([first, video], dim=2)
+            video = _repeat_first(video, self.frames_in_front)
         height, width = video.shape[-2:]
         rows = F.conv2d(video.flatten(3, 4), weight[..., 0], bias, (stride[0], 1))
         return rows.unflatten(3, (height, width))
@@ -111,7 +110,7 @@ class SpatialAttention(_Attention):
         """[B, C, T, H, W] to the same."""
         normed = self.norm(video)
         q, k, v = (_merge(part(normed)).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(2, video.shape[-2:])
+        seen = _one_head(q, k, v, causal=False).transpose(1, 2).unflatten(2, video.shape[-2:])
         return video + self.proj_out(_frames(seen, len(video)))
 
 
@@ -122,7 +121,7 @@ class TemporalAttention(_Attention):
         """[B, C, T, H, W] to the same."""
         normed = self.norm(video)
         q, k, v = (part(normed).permute(0, 3, 4, 2, 1).flatten(0, 2) for part in (self.q, self.k, self.v))
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        seen = _one_head(q, k, v, causal=True)
         batch, _, _, height, width = video.shape
         return video + self.proj_out(seen.unflatten(0, (batch, height, width)).permute(0, 4, 3, 1, 2))
 
@@ -143,7 +142,7 @@ class Downsample(nn.Module):
         padded = _frames(F.pad(_merge(video), (0, 1, 0, 1)), len(video))
         video = self.conv1(padded).add_(_frames(F.avg_pool2d(_merge(padded), 2), len(video)))
         if self.temporal:
-            longer = torch.cat([video[:, :, :1], video], dim=2)
+            longer = _repeat_first(video, 1)
             video = self.conv2(longer).add_((longer[:, :, 0::2] + longer[:, :, 1::2]).mul_(0.5))
         return self.conv3(video)
 
@@ -175,6 +174,22 @@ def factorised_conv(in_channels: int, out_channels: int) -> nn.Sequential:
         CausalConv3d(in_channels, out_channels, (1, 3, 3), padding=1),
         CausalConv3d(out_channels, out_channels, (3, 1, 1)),
     )
+
+
+def _one_head(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Attention over axis 1 of [N, S, C]; torch has fast kernels only for tensors with an axis of heads."""
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=causal)[:, 0]
+
+
+def _repeat_first(video: Tensor, count: int) -> Tensor:
+    """[B, C, T, H, W] to [B, C, count + T, H, W] with copies of the first frame in front."""
+    batch, channels, frames, height, width = video.shape
+    shape = (batch, channels, count + frames, height, width)
+    # Not torch.cat, which would lay the result out channels first.
+    longer = torch.empty(shape, dtype=video.dtype, device=video.device, memory_format=torch.channels_last_3d)
+    longer[:, :, :count] = video[:, :, :1]
+    longer[:, :, count:] = video
+    return longer
 
 
 def _merge(video: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_mcore.tokenizer.base import VideoTokenizer
+from cosmos_mcore.tokenizer.causal_layers import FrameNorm
 from cosmos_mcore.tokenizer.fsq import ids_to_codes, quantize
 from cosmos_mcore.tokenizer.jit_file import read_jit_weights
 from cosmos_mcore.tokenizer.networks import DV8X16X16, Decoder, Encoder, NetworkSize
@@ -97,7 +98,11 @@ class ReleasedTokenizer(VideoTokenizer):
         network.load_state_dict(weights)
         network.requires_grad_(False).eval()
         network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        return network.to(device, self._dtype)
+        network.to(device, self._dtype)
+        for module in network.modules():
+            if isinstance(module, FrameNorm):
+                module.float()  # they compute in float32
+        return network
 
 
 class JitTokenizer(VideoTokenizer):

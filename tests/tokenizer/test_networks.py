@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_mcore.tokenizer import wavelet
 from cosmos_mcore.tokenizer.causal_layers import FrameNorm
@@ -86,6 +87,34 @@ def test_norm_is_torchs_per_frame(dtype):
     tolerance = 2e-4 if dtype == torch.float32 else 0.06
     torch.testing.assert_close(norm(video), expected, atol=tolerance, rtol=0)
     assert norm(video).dtype == dtype
+
+
+class Layouts(TorchDispatchMode):
+    """Notes convolutions whose video or weight does not lie channels last; on GPUs that costs most of the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.wrong = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            self.seen += 1
+            if not all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in args[:2]):
+                self.wrong.append([(tuple(tensor.shape), tensor.stride()) for tensor in args[:2]])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frames", [9, 17])
+def test_everything_lies_channels_last(frames):
+    networks = (Encoder(SMALL), Decoder(SMALL))
+    inputs = (torch.rand(1, 3, frames, 48, 64), torch.rand(1, 6, (frames + 7) // 8, 3, 4))
+    for network, given in zip(networks, inputs, strict=True):
+        network.requires_grad_(False).to(memory_format=torch.channels_last_3d)
+        with Layouts() as layouts:
+            network(given)
+        assert layouts.seen > 50
+        attention_outputs = 1  # of the attention within frames; small
+        assert len(layouts.wrong) <= attention_outputs, layouts.wrong
 
 
 def test_bfloat16_and_memory_format_change_little():
