@@ -104,7 +104,8 @@ def test_damaged_files(folder, tmp_path):
     with pytest.raises(ValueError, match="no complete TorchScript file"):
         JitTokenizer(tmp_path, 9, CPU)
     with zipfile.ZipFile(folder / "encoder.jit") as archive:
-        record = max(archive.infolist(), key=lambda info: info.file_size)
+        tensors = [info for info in archive.infolist() if "/data/" in info.filename]
+        record = max(tensors, key=lambda info: info.file_size)
     position = record.header_offset + record.file_size // 2  # inside the largest tensor
     path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
     with pytest.raises(ValueError, match="is damaged"):
