@@ -252,7 +252,9 @@ def _build_pipeline(device: torch.device) -> Any:
         numbers = fn.external_source(name="numbers", dtype=types.INT32, ndim=1)
         device_name = "mixed" if gpu else "cpu"
         # affine pins threads to cores, which all pipelines would choose alike.
-        frames = fn.decoders.video(encoded, frames=numbers, device=device_name, affine=False, pad_mode="none")
+        # DALI 1 has it among its experiments only.
+        decode = fn.decoders.video if hasattr(fn.decoders, "video") else fn.experimental.decoders.video
+        frames = decode(encoded, frames=numbers, device=device_name, affine=False, pad_mode="none")
         pipeline.set_outputs(frames)
     pipeline.build()
     return pipeline

@@ -108,10 +108,10 @@ class Layouts(TorchDispatchMode):
 def test_everything_lies_channels_last(frames):
     networks = (Encoder(SMALL), Decoder(SMALL))
     inputs = (torch.rand(1, 3, frames, 48, 64), torch.rand(1, 6, (frames + 7) // 8, 3, 4))
-    for network, given in zip(networks, inputs, strict=True):
+    for network, tensor in zip(networks, inputs, strict=True):
         network.requires_grad_(False).to(memory_format=torch.channels_last_3d)
         with Layouts() as layouts:
-            network(given)
+            network(tensor)
         assert layouts.seen > 50
         attention_outputs = 1  # of the attention within frames; small
         assert len(layouts.wrong) <= attention_outputs, layouts.wrong
