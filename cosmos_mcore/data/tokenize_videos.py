@@ -71,7 +71,8 @@ def main(arguments: list[str]) -> int:
     part = _part(args.part)
     index = index_clips(config.data)
     outcome = fill(config, index, part)
-    kept, missing = write_manifest(folder, index, list(outcome.dropped.values()))
+    note_dropped(folder, part, list(outcome.dropped.values()))
+    kept, missing = write_manifest(folder, index)
     logger.info(
         "part %d of %d: %d clips tokenized, %d were there, %d files dropped; the cache has %d of %d clips: %s",
         *(part[0], part[1], outcome.made, outcome.found, len(outcome.dropped), kept, kept + missing, folder / MANIFEST),
@@ -127,17 +128,30 @@ def fill(config: RunConfig, index: ClipIndex, part: tuple[int, int]) -> Outcome:
     return outcome
 
 
-def write_manifest(folder: Path, index: ClipIndex, dropped: list[SkippedFile]) -> tuple[int, int]:
+def note_dropped(folder: Path, part: tuple[int, int], files: list[SkippedFile]) -> None:
+    """Leaves what one part has dropped for the manifest, in the place of what it has dropped before."""
+    for path in folder.glob("dropped-*.json"):
+        if not path.name.endswith(f"of{part[1]}.json"):  # of an earlier run, cut into other parts
+            path.unlink(missing_ok=True)
+    path = folder / f"dropped-{part[0]}of{part[1]}.json"
+    temporary = path.with_suffix(".incomplete")
+    temporary.write_text(json.dumps({file.path: file.reason for file in files}, indent=1))
+    os.replace(temporary, path)
+
+
+def write_manifest(folder: Path, index: ClipIndex) -> tuple[int, int]:
     """Lists, as one JSON object per line, every clip that the cache has and every file that was dropped.
 
-    What other processes have dropped stays in the list; the last process to end writes the complete one.
+    The last of several processes to end writes the complete one.
 
     Returns:
         How many clips the cache has, and how many it lacks.
     """
     contents = FileContents(folder).paths()
     present = set(cached_keys(folder))
-    reasons = {file.path: file.reason for file in (*_dropped_before(folder), *index.skipped, *dropped)}
+    reasons = {file.path: file.reason for file in index.skipped}
+    for notes in sorted(folder.glob("dropped-*.json")):
+        reasons |= json.loads(notes.read_text())
     kept = 0
     temporary = folder / f"{MANIFEST}.{os.getpid()}.incomplete"
     with open(temporary, "w") as file:
@@ -151,12 +165,6 @@ def write_manifest(folder: Path, index: ClipIndex, dropped: list[SkippedFile]) -
             file.write(json.dumps({"path": path, "dropped": reason}) + "\n")
     os.replace(temporary, folder / MANIFEST)
     return kept, len(index.clips) - kept
-
-
-def _dropped_before(folder: Path) -> list[SkippedFile]:
-    path = folder / MANIFEST
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [SkippedFile(line["path"], line["dropped"]) for line in lines if "dropped" in line]
 
 
 def _in_order(

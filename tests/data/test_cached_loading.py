@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import av
 import pytest
 import torch
 
@@ -92,6 +93,14 @@ def test_offline_then_from_the_cache_alone(videos, tmp_path, decoded, capsys):
     config = small_config(videos)
     expected = read(config, index_clips(config.data), steps=9)
     (videos / "broken.mp4").write_bytes(b"no video")
+    damaged = videos / "damaged.mp4"  # its first frame is sound, so only decoding tells
+    write_test_clip(damaged, 9, 40, 80, gop=4, bframes=0)
+    with av.open(str(damaged)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = bytearray(damaged.read_bytes())
+    for position, size in packets[5:]:
+        content[position : position + size] = bytes(size)
+    damaged.write_bytes(content)
     cache, config.data.token_cache = tmp_path / "cache", "auto"
     command = [yaml_of(config, tmp_path), "--output", str(cache)]
     assert main([*command, "--part", "0/3"]) == 0
@@ -104,10 +113,13 @@ def test_offline_then_from_the_cache_alone(videos, tmp_path, decoded, capsys):
     assert [part.wait(120) for part in parts] == [0, 0]
     decoded.clear()
     assert main(command) == 0  # there is nothing left to do
-    assert decoded == []
-    assert "0 clips tokenized, 12 were there, 1 files dropped; the cache has 12 of 12 clips" in capsys.readouterr().out
+    assert {clip.path for clip in decoded} == {str(damaged)}
+    decoded.clear()
+    assert "0 clips tokenized, 12 were there, 2 files dropped; the cache has 12 of 13 clips" in capsys.readouterr().out
     lines = [json.loads(line) for line in (cache / "manifest.jsonl").read_text().splitlines()]
-    assert [line["path"] for line in lines if "dropped" in line] == [str(videos / "broken.mp4")]
+    reasons = {line["path"]: line["dropped"] for line in lines if "dropped" in line}
+    assert set(reasons) == {str(videos / "broken.mp4"), str(damaged)}
+    assert "cannot be decoded" in reasons[str(damaged)] or "is damaged" in reasons[str(damaged)]
     assert len([line for line in lines if "first_frame" in line]) == 12
 
     shutil.rmtree(videos)
