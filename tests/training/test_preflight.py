@@ -1,10 +1,12 @@
 """Checks before a run, and the numbers that follow from its config."""
 
+import json
 import os
 
 import pytest
 
 from cosmos_mcore.config import load_config
+from cosmos_mcore.data.token_cache import clip_settings
 from cosmos_mcore.training.preflight import derived_numbers, preflight, processes
 
 
@@ -104,6 +106,8 @@ def test_tokenizer_files(config, tmp_path):
 
 
 def test_a_token_cache_in_the_place_of_videos(config, tmp_path):
-    (tmp_path / "token_cache.json").write_text("{}")
-    config.data.path = str(tmp_path)
+    (tmp_path / "token_cache.json").write_text(json.dumps(clip_settings(config.data)))
+    config.data.path = config.data.token_cache = str(tmp_path)
     preflight(config, 1)
+    config.data.frame_stride += 1
+    assert "was made with data.frame_stride=1, this run has data.frame_stride=2" in refused(config)
