@@ -21,7 +21,7 @@ from cosmos_mcore.config.schema import DataConfig, RunConfig, TokenizerConfig
 from cosmos_mcore.data.decode import build_decoder
 from cosmos_mcore.data.index import index_clips
 from cosmos_mcore.data.synthetic import make_shape_clips
-from cosmos_mcore.data.transforms import normalize, resize_and_crop
+from cosmos_mcore.data.transforms import normalize
 from cosmos_mcore.tokenizer.build import build_tokenizer
 
 FRAMES_SHOWN = (0, 4, 8, 32)
@@ -34,10 +34,10 @@ def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def measure(config: RunConfig, device: torch.device, pictures: Path | None) -> None:
     """Prints one row per file."""
-    tokenizer, decoder = build_tokenizer(config, device), build_decoder(config.data)
+    tokenizer, decoder = build_tokenizer(config, device), build_decoder(config.data, device)
     scores = []
     for clip in index_clips(config.data).clips:
-        video = normalize(resize_and_crop(decoder.decode(clip), config.data.height, config.data.width).to(device))[None]
+        video = normalize(decoder.decode(clip).to(device))[None]
         start = time.perf_counter()
         ids = tokenizer.encode(video)
         distinct = ids.unique().numel()  # also waits for the GPU
@@ -55,6 +55,7 @@ def measure(config: RunConfig, device: torch.device, pictures: Path | None) -> N
             rows = [torch.cat([each[0, :, frame] for frame in FRAMES_SHOWN], dim=2) for each in (video.cpu(), decoded)]
             pixels = ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0)
             Image.fromarray(pixels.numpy()).save(pictures / f"{name}.png")
+    decoder.close()
     print(f"{'mean':20s} {sum(scores) / len(scores):6.2f}")
 
 

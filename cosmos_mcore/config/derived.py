@@ -101,10 +101,10 @@ def derive_video_layout(config: RunConfig, begin_of_video: bool = False) -> Vide
     latent_t = data.num_frames // chunk * ((chunk - 1) // TEMPORAL_COMPRESSION + 1)
     latent_shape = (latent_t, data.height // SPATIAL_COMPRESSION, data.width // SPATIAL_COMPRESSION)
     given = config.model.num_condition_latents
-    if not 1 <= given < latent_t:
+    if given >= latent_t:
         raise ValueError(
-            f"model.num_condition_latents={given} must be at least 1 and "
-            f"less than the {latent_t} latent frames of a clip; give a smaller number or more frames in data.num_frames"
+            f"model.num_condition_latents={given} must be less than the {latent_t} latent frames of a clip; give a "
+            "smaller number (0 for images) or more frames in data.num_frames"
         )
     length = math.prod(latent_shape) + begin_of_video
     multiple = padding_multiple(config)
@@ -114,7 +114,7 @@ def derive_video_layout(config: RunConfig, begin_of_video: bool = False) -> Vide
         begin_of_video=begin_of_video,
         padded_sequence_length=-(-length // multiple) * multiple,
         # One label fewer than the conditioning tokens: label j predicts token j + 1 (spec/model.md section 7).
-        num_ignored_tokens=latent_shape[1] * latent_shape[2] * given - (0 if begin_of_video else 1),
+        num_ignored_tokens=max(0, latent_shape[1] * latent_shape[2] * given - (0 if begin_of_video else 1)),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from cosmos_mcore.config.values import (
     FolderName,
     Fraction,
+    NonEmptyFloats,
     NonEmptyList,
     NonEmptyStr,
     NonNegativeFloat,
@@ -43,7 +44,9 @@ class ModelConfig:
     num_attention_heads: PositiveInt | None = None
     num_query_groups: PositiveInt | None = None
     kv_channels: PositiveInt | None = None
-    num_condition_latents: PositiveInt = 1  # leading latent frames that are given, not learnt (spec/model.md section 7)
+    num_condition_latents: NonNegativeInt = (
+        1  # leading latent frames that are given, not learnt (spec/model.md section 7)
+    )
     z_loss_coeff: NonNegativeFloat = 1.0e-4
 
 
@@ -56,21 +59,27 @@ class TokenizerConfig:
     pixel_chunk_duration: PositiveInt | None = (
         None  # frames encoded as one causal clip; None: 33, or num_frames if shorter
     )
+    engine: Literal["eager", "jit"] = "eager"  # dv8x16x16 only: our networks, or the released files run as they are
 
 
 @dataclass
 class DataConfig:
     """MP4 files and the clips cut from them (spec/data.md)."""
 
-    path: NonEmptyStr | NonEmptyList = "datasets/videos"  # a folder (searched recursively), a file, or a list of both
+    # A folder (searched recursively), a file, or a list of both; or a token cache, to train without videos.
+    path: NonEmptyStr | NonEmptyList = "datasets/videos"
+    weights: NonEmptyFloats | None = None  # share of each entry of path in the samples; None: all clips alike
     height: PositiveInt = 640
     width: PositiveInt = 848
     num_frames: PositiveInt = 33
     frame_stride: PositiveInt = 1  # distance in frames between two frames of a clip
     start_frame_interval: PositiveInt = 1  # distance in frames between the first frames of two clips of one file
     decoder: Literal["auto", "pyav", "dali"] = "auto"
-    num_workers: PositiveInt = 2  # decoding threads per model replica
-    prefetch_steps: PositiveInt = 2  # steps decoded and tokenized ahead of training
+    num_workers: PositiveInt = 2  # decoding threads of each process (PyAV)
+    prefetch_steps: PositiveInt = 4  # steps decoded and tokenized ahead of training
+    decode_timeout: PositiveFloat = 60.0  # seconds after which the decoding of a clip is given up and its file skipped
+    token_cache: NonEmptyStr | None = "auto"  # folder that keeps ids; auto: below the run's folder; null: nowhere
+    token_cache_gb: PositiveFloat = 100.0  # its largest size; beyond it, what was used longest ago is deleted
 
 
 @dataclass

@@ -24,6 +24,7 @@ def validate(config: RunConfig) -> None:
             raise ValueError(mismatch(key, kind, value))
     derive_video_layout(config)
     _check_tokenizer(config)
+    _check_data(config)
     _check_parallel(config)
     _check_precision(config)
     _check_schedule(config)
@@ -36,6 +37,13 @@ def _check_tokenizer(config: RunConfig) -> None:
             f"tokenizer.name={config.tokenizer.name} needs tokenizer.path, the folder with its weights; "
             "tokenizer.name=haar needs none"
         )
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
+    entries = len(data.path) if isinstance(data.path, list) else 1
+    if data.weights is not None and len(data.weights) != entries:
+        raise ValueError(f"data.weights has {len(data.weights)} numbers, data.path {entries} entries; give as many")
 
 
 def _check_parallel(config: RunConfig) -> None:

@@ -34,6 +34,7 @@ NonEmptyList = Annotated[list[NonEmptyStr], Rule("a non-empty list of strings", 
 TwoCounts = Annotated[
     list[NonNegativeInt], Rule("a list of two whole numbers of at least 0", lambda value: len(value) == 2)
 ]
+NonEmptyFloats = Annotated[list[PositiveFloat], Rule("a non-empty list of numbers above 0", bool)]
 FolderName = Annotated[
     str,
     Rule(

@@ -1,4 +1,4 @@
-"""The clips that a set of MP4 files holds (spec/data.md section 2).
+"""The clips that a set of MP4 files holds, and with clips of one frame, of images (spec/data.md section 2).
 
 Imports no torch, so a wrong path is reported at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import overload
 
 from cosmos_mcore.config.schema import DataConfig
+from cosmos_mcore.data.contents import FileContents
+from cosmos_mcore.data.images import check_image, is_image
 from cosmos_mcore.data.mp4 import Mp4File, UnreadableVideoError
+from cosmos_mcore.data.token_cache import cached_keys, check_settings, clip_settings, is_cache
 
 _PROBE_THREADS = 32
 
@@ -28,6 +32,7 @@ class Clip:
     first_frame: int
     stride: int
     num_frames: int
+    content: bytes | None = None  # of the file, where only its ids are at hand: see data/token_cache.py
 
     @property
     def frame_numbers(self) -> range:
@@ -68,21 +73,72 @@ class Clips(Sequence[Clip]):
         """The clip with this number, or the clips of a slice."""
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        if number < 0:
-            number += len(self)
-        if not 0 <= number < len(self):
-            raise IndexError(f"clip {number} of {len(self)}")
-        file = bisect.bisect_right(self._ends, number)
-        within = number - (self._ends[file - 1] if file else 0)
+        file, within = _locate(self._ends, number)
         return Clip(self._paths[file], within * self._interval, self._stride, self._num_frames)
+
+
+class CachedClips(Sequence[Clip]):
+    """The clips whose ids a token cache has, by file and first frame."""
+
+    def __init__(self, folder: Path, config: DataConfig) -> None:
+        """Reads what the cache has.
+
+        Raises:
+            ValueError: if it was made with other settings, or has no clip for these.
+        """
+        check_settings(folder, clip_settings(config))
+        self._stride, self._num_frames = config.frame_stride, config.num_frames
+        firsts: dict[bytes, list[int]] = {}
+        for key in sorted(cached_keys(folder)):
+            if key.first_frame % config.start_frame_interval == 0:
+                firsts.setdefault(key.content, []).append(key.first_frame)
+        contents = sorted(FileContents(folder).paths().items())
+        self._files = [(path, content) for path, content in contents if content in firsts]
+        self._firsts = {content: array("I", numbers) for content, numbers in firsts.items()}
+        self._ends = list(itertools.accumulate(len(self._firsts[content]) for _, content in self._files))
+        if not self._files:
+            raise ValueError(f"data.path={folder}: this token cache is empty; fill it: scripts/tokenize_videos.py")
+
+    def __len__(self) -> int:
+        """Number of clips."""
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, number: int) -> Clip: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Clip]: ...
+    def __getitem__(self, number: int | slice) -> Clip | list[Clip]:
+        """The clip with this number, or the clips of a slice."""
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        file, within = _locate(self._ends, number)
+        path, content = self._files[file]
+        return Clip(path, self._firsts[content][within], self._stride, self._num_frames, content)
+
+
+def _locate(ends: list[int], number: int) -> tuple[int, int]:
+    """The file that a clip lies in, and its number within the file."""
+    size = ends[-1] if ends else 0
+    if not -size <= number < size:
+        raise IndexError(f"clip {number} of {size}")
+    number %= size
+    file = bisect.bisect_right(ends, number)
+    return file, number - (ends[file - 1] if file else 0)
 
 
 @dataclass(frozen=True)
 class ClipIndex:
-    """What ``index_clips`` found: at least one clip, and the files that cannot be used."""
+    """What ``index_clips`` found: at least one clip, and the files that cannot be used.
+
+    Attributes:
+        clips: all clips.
+        skipped: the files without any.
+        source_sizes: with ``data.weights``, how many clips come from each entry of ``data.path``, in their order.
+    """
 
     clips: Sequence[Clip]
     skipped: list[SkippedFile]
+    source_sizes: list[int] | None = None
 
 
 def index_clips(config: DataConfig) -> ClipIndex:
@@ -91,15 +147,19 @@ def index_clips(config: DataConfig) -> ClipIndex:
     Folders are searched recursively, and the file extension may be in capitals, too (the original does neither).
     Hidden files and folders are left out: they are half-written, or not meant to be data. The order is by path below
     each given folder, so it is the same on every machine. A file counts as usable if it has enough frames and its
-    first one can be decoded.
+    first one can be decoded. With ``num_frames`` 1, an image is a file with one clip.
 
     Args:
-        config: read are ``path``, ``num_frames``, ``frame_stride`` and ``start_frame_interval``.
+        config: read are ``path``, ``weights``, ``num_frames``, ``frame_stride`` and ``start_frame_interval``; where the
+            path is a token cache, the clips are those that it has, in the order of their files' paths.
 
     Raises:
         ValueError: if a path does not exist, there is no MP4 file, or none of them is usable.
     """
-    paths = find_files(config)
+    if is_cache(config.path):
+        return ClipIndex(CachedClips(Path(str(config.path)).expanduser(), config), [])
+    groups = _find_groups(config)
+    paths = [path for group in groups for path in group]
     with ThreadPoolExecutor(_PROBE_THREADS, thread_name_prefix="index") as pool:
         results = list(pool.map(lambda path: _count_clips(path, config), paths))
     skipped = [result for result in results if isinstance(result, SkippedFile)]
@@ -109,12 +169,21 @@ def index_clips(config: DataConfig) -> ClipIndex:
             f"data.path={_shown(config)}: none of the {len(paths)} MP4 files is usable; "
             f"the first, {skipped[0].path}, {skipped[0].reason}"
         )
-    return ClipIndex(Clips(files, config), skipped)
+    if config.weights is None:
+        return ClipIndex(Clips(files, config), skipped)
+    counts = dict(files)
+    sizes = [sum(counts.get(path, 0) for path in group) for group in groups]
+    if 0 in sizes:
+        raise ValueError(f"data.path: {config.path[sizes.index(0)]} has a weight but no usable clip; leave both out")
+    return ClipIndex(Clips(files, config), skipped, sizes)
 
 
 def _count_clips(path: str, config: DataConfig) -> int | SkippedFile:
     span = (config.num_frames - 1) * config.frame_stride + 1
     try:
+        if is_image(path):
+            check_image(path)
+            return 1
         with Mp4File(path) as file:
             if file.num_frames < span:
                 return SkippedFile(path, f"has {file.num_frames} frames, a clip needs {span}")
@@ -130,27 +199,35 @@ def find_files(config: DataConfig) -> list[str]:
     Raises:
         ValueError: if a path does not exist or cannot be read, or there is no MP4 file.
     """
+    return [path for group in _find_groups(config) for path in group]
+
+
+def _find_groups(config: DataConfig) -> list[list[str]]:
+    """The files under each entry of ``config.path``; one that several entries hold counts for the first of them."""
     roots = [config.path] if isinstance(config.path, str) else list(config.path)
-    paths: list[str] = []
+    groups: list[list[str]] = []
+    seen: set[str] = set()
     for root in map(Path, roots):
         root = root.expanduser()
         if root.is_dir():
-            paths += sorted(_walk(root), key=lambda path: os.path.relpath(path, root))
+            paths = sorted(_walk(root, config), key=lambda path: os.path.relpath(path, root))
         elif not root.exists():
             raise ValueError(
                 f"data.path={root} does not exist ({root.absolute()}); set data.path to a folder with MP4 files"
             )
-        elif not _is_mp4(root.name):
+        elif not _is_usable(root.name, config):
             raise ValueError(f"data.path={root} is not an MP4 file; set data.path to a folder with MP4 files")
         else:
-            paths.append(str(root))
-    if not paths:
+            paths = [str(root)]
+        groups.append([path for path in paths if path not in seen])  # maybe named alone and within its folder
+        seen.update(paths)
+    if not seen:
         raise ValueError(f"data.path={_shown(config)} holds no .mp4 file, searched recursively; put MP4 files there")
-    return list(dict.fromkeys(paths))  # a file may be named twice in a list, alone and within its folder
+    return groups
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """MP4 files at any depth; links to folders are followed, each folder once."""
+def _walk(root: Path, config: DataConfig) -> Iterator[str]:
+    """Usable files at any depth; links to folders are followed, each folder once."""
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
@@ -162,7 +239,7 @@ def _walk(root: Path) -> Iterator[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
             path = os.path.join(folder, name)
-            if _is_mp4(name) and not name.startswith(".") and not _is_special(path):
+            if _is_usable(name, config) and not name.startswith(".") and not _is_special(path):
                 yield path
 
 
@@ -170,8 +247,8 @@ def _refuse(error: OSError) -> None:
     raise ValueError(f"data.path: the folder {error.filename} cannot be read ({error.strerror})") from error
 
 
-def _is_mp4(name: str) -> bool:
-    return name.lower().endswith(".mp4")
+def _is_usable(name: str, config: DataConfig) -> bool:
+    return name.lower().endswith(".mp4") or (config.num_frames == 1 and is_image(name))
 
 
 def _is_special(path: str) -> bool:

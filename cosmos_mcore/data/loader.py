@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import logging
+import queue
 import threading
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -16,21 +17,30 @@ from torch import Tensor
 
 from cosmos_mcore.config.derived import VideoLayout
 from cosmos_mcore.config.schema import RunConfig
-from cosmos_mcore.data.decode import build_decoder
+from cosmos_mcore.data.clip_tokens import build_clip_tokens
+from cosmos_mcore.data.exchange import Exchange
 from cosmos_mcore.data.index import ClipIndex, SkippedFile
 from cosmos_mcore.data.mp4 import UnreadableVideoError
 from cosmos_mcore.data.sampler import ClipSampler
-from cosmos_mcore.data.transforms import normalize, resize_and_crop
 from cosmos_mcore.tokenizer.base import VideoTokenizer
 
-logger = logging.getLogger(__name__)
+_CLOSE_SECONDS = 10.0
+
+
+@dataclass
+class _Step:
+    """One step of the replica: number of its first clip since the start, and the clips that this rank reads."""
+
+    first: int
+    mine: list[Future[Tensor]]
 
 
 class ClipLoader:
     """The token ids of each step's clips, the same on every rank of a model replica; a context manager.
 
-    The first rank of the replica reads, decodes and tokenizes the clips of the next steps in background threads and
-    broadcasts their ids; frames never cross ranks, and the other ranks need no files and start no threads.
+    The ranks of a replica take the clips of the coming steps in turn, read, decode and tokenize them in background
+    threads, and send each other the ids, also in the background; frames never cross ranks. A step waits for nothing
+    as long as reading keeps up.
     Step n of the run takes the samples n·G to n·G + G - 1 of the sampler's stream (G: global batch size), replica r
     its r-th contiguous part, so what a step sees depends neither on the layout nor on interruptions. A clip that
     cannot be read is replaced by another one that depends on the sample's position alone.
@@ -53,39 +63,51 @@ class ClipLoader:
         """Starts reading ahead.
 
         Args:
-            index: the clips; read on the first rank of the replica only.
+            index: the clips.
             sampler: the order of the clips.
             tokenizer: turns clips into ids; called from several threads.
-            config: read are ``data`` and ``training.global_batch_size``.
+            config: read are ``data``, ``job`` (for the token cache's place) and ``training.global_batch_size``.
             layout: shape of one clip's ids.
             data_parallel_rank: which replica this rank belongs to.
             data_parallel_size: number of replicas; divides the global batch size.
-            replica_group: the ranks of this replica (None: this rank alone).
+            replica_group: the ranks of this replica, through gloo, used for nothing else (None: this rank alone).
             device: where the tokenizer runs and the batches go.
             consumed_samples: samples that all replicas together have seen before this step.
+
+        Raises:
+            ValueError: if the decoder is not available, or the token cache was made with other settings.
         """
         assert config.training.global_batch_size % data_parallel_size == 0
-        self._clips, self._sampler, self._tokenizer, self._layout = index.clips, sampler, tokenizer, layout
-        self._height, self._width = config.data.height, config.data.width
+        self._clips, self._sampler = index.clips, sampler
+        self._clip_tokens = build_clip_tokens(config, tokenizer, device)
         self._global_batch_size = config.training.global_batch_size
         self._batch_size = self._global_batch_size // data_parallel_size
         self._first_of_batch = data_parallel_rank * self._batch_size
-        self._group, self._device = replica_group, device
-        self._decoder = build_decoder(config.data)
+        self._device = device
         self.consumed_samples = consumed_samples
-        self.skipped: list[SkippedFile] = []
+        self.skipped: dict[str, SkippedFile] = {}
         self._undrained: list[SkippedFile] = []
+        self._named: set[str] = set()
         self._unreadable: set[int] = set()  # numbers of clips that failed
         self._lock = threading.Lock()
 
-        self._steps: deque[list[Future[Tensor]]] = deque()
-        self._pool: ThreadPoolExecutor | None = None
-        self._next_step_to_read = consumed_samples
-        self._steps_ahead = config.data.prefetch_steps
-        if replica_group is None or replica_group.rank() == 0:
-            self._report(index.skipped, log=data_parallel_rank == 0)  # every replica has found the same ones
-            self._pool = ThreadPoolExecutor(config.data.num_workers, thread_name_prefix="clip")
-            self._read_ahead(self._steps_ahead)
+        self._exchange = Exchange(replica_group, layout.num_tokens)
+        ahead = config.data.prefetch_steps
+        self._shared_ahead = ahead
+        # With fewer clips in a step than ranks, a rank has a clip in every few steps only and must look further ahead.
+        self._read_ahead = ahead * -(-self._exchange.size // self._batch_size)
+        self._next_step_to_read, self._clips_dealt = consumed_samples, 0
+        self._reading: deque[_Step] = deque()  # steps that are read, and not yet shared
+        self._sharing: queue.Queue[_Step | None] = queue.Queue()
+        self._shared: queue.Queue[Tensor | Exception] = queue.Queue()
+        self._steps_shared = self._steps_taken = 0
+        threads = max(config.data.num_workers, self._clip_tokens.parallel_clips)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="clip")
+        # A daemon, since a rank that has failed must be able to leave while its peers are silent.
+        self._sharer = threading.Thread(target=self._share_steps, name="clip-sharer", daemon=True)
+        self._sharer.start()
+        self._report(index.skipped)
+        self._advance(0)
 
     def __enter__(self) -> ClipLoader:
         """Returns the loader itself."""
@@ -98,77 +120,115 @@ class ClipLoader:
         self.close()
 
     def next(self) -> Tensor:
-        """Waits for the clips of the next step and moves on by one step.
+        """Takes the clips of the next step, after waiting for them if need be; the GPU is not waited for.
 
         Returns:
             Ids [global_batch_size / data_parallel_size, tokens of a clip], int64, on the device.
 
         Raises:
             ValueError: if no clip can be read any more.
+            RuntimeError: if another rank of the replica has left.
         """
-        if self._pool is not None:
-            self._read_ahead(self._steps_ahead + 1)
-            ids = torch.stack([clip.result() for clip in self._steps.popleft()]).to(self._device)
-        else:
-            ids = torch.empty((self._batch_size, self._layout.num_tokens), dtype=torch.int32, device=self._device)
-        if self._group is not None and self._group.size() > 1:
-            source = torch.distributed.get_global_rank(self._group, 0)
-            torch.distributed.broadcast(ids, src=source, group=self._group)
+        self._advance(1)
+        ids = self._shared.get()
+        self._steps_taken += 1
+        if isinstance(ids, Exception):
+            raise ids
         self.consumed_samples += self._global_batch_size
-        return ids.to(torch.int64)
+        return ids.to(self._device, non_blocking=True).to(torch.int64)
+
+    @property
+    def ready_steps(self) -> int:
+        """Steps whose ids lie ready at this moment."""
+        return self._shared.qsize()
 
     def drain_skipped(self) -> list[SkippedFile]:
-        """The files that were found unusable since the last call; each is reported once."""
+        """The files that this rank found unusable since the last call."""
         with self._lock:
             drained, self._undrained = self._undrained, []
         return drained
 
-    def close(self) -> None:
-        """Drops what was read ahead and waits for the background threads to end."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def name_skipped(self, files: Iterable[SkippedFile]) -> list[SkippedFile]:
+        """Those of the files, found by any rank, that have not been named before; each is named once in a run."""
+        new: dict[str, SkippedFile] = {}
+        for file in files:
+            if file.path not in self._named:
+                new.setdefault(file.path, file)
+        self._named.update(new)
+        return list(new.values())
 
-    def _read_ahead(self, steps: int) -> None:
-        assert self._pool is not None
-        while len(self._steps) < steps:
-            first = self._next_step_to_read + self._first_of_batch
-            clips = self._sampler.clip_indices(first, self._batch_size)
-            self._steps.append([self._pool.submit(self._load, first + i, clip) for i, clip in enumerate(clips)])
-            self._next_step_to_read += self._global_batch_size
+    def close(self) -> None:
+        """Drops what was read ahead and ends the background threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._sharing.put(None)
+        self._sharer.join(_CLOSE_SECONDS)
+        self._clip_tokens.close()
+
+    def _advance(self, steps: int) -> None:
+        """Starts reading and sharing as far ahead as is due when ``steps`` more steps are taken."""
+        taken = self._steps_taken + steps
+        while self._steps_shared + len(self._reading) < taken + max(self._read_ahead, self._shared_ahead):
+            self._reading.append(self._start_reading())
+        # All ranks come here equally often, so all of them will share the same steps.
+        while self._steps_shared < taken + self._shared_ahead:
+            self._sharing.put(self._reading.popleft())
+            self._steps_shared += 1
+
+    def _start_reading(self) -> _Step:
+        position = self._next_step_to_read + self._first_of_batch
+        first, rank = self._clips_dealt, self._exchange.rank
+        clips = self._sampler.clip_indices(position, self._batch_size)
+        mine = [i for i in range(self._batch_size) if self._exchange.owner(first + i) == rank]
+        self._next_step_to_read += self._global_batch_size
+        self._clips_dealt += self._batch_size
+        return _Step(first, [self._pool.submit(self._load, position + i, clips[i]) for i in mine])
+
+    def _share_steps(self) -> None:
+        """Runs in a thread of its own until it gets None."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # or pinning memory would wake the first GPU
+        while (step := self._sharing.get()) is not None:
+            mine: list[Tensor] | Exception
+            try:
+                mine = [clip.result() for clip in step.mine]
+            except CancelledError:
+                mine = RuntimeError("the loader is closed")
+            except Exception as error:
+                mine = error
+            try:
+                ids = self._exchange.gather(step.first, self._batch_size, mine)
+                self._shared.put(ids.pin_memory() if self._device.type == "cuda" else ids)
+            except Exception as error:
+                self._shared.put(error)
 
     def _load(self, position: int, number: int) -> Tensor:
         """Ids [tokens] int32 on the CPU of the sample at ``position``: clip ``number`` or, if unreadable, another."""
         for candidate in itertools.chain([number], self._sampler.replacements(position)):
-            ids = self._try_tokenize(candidate)
+            ids = self._try_load(candidate)
             if ids is not None:
                 return ids
-        last = self.skipped[-1]
+        last = list(self.skipped.values())[-1]
         raise ValueError(
             f"no clip can be read any more: all {len(self._clips)} have failed, the last one in "
             f"{last.path} ({last.reason}); check data.path"
         )
 
-    def _try_tokenize(self, number: int) -> Tensor | None:
+    def _try_load(self, number: int) -> Tensor | None:
         if number in self._unreadable:
             return None
         clip = self._clips[number]
         try:
-            frames = self._decoder.decode(clip)
+            ids = self._clip_tokens.ids(clip)
         except UnreadableVideoError as error:
             self._unreadable.add(number)
             self._report([SkippedFile(clip.path, str(error))])
             return None
-        video = normalize(resize_and_crop(frames, self._height, self._width).to(self._device))
-        ids = self._tokenizer.encode(video.unsqueeze(0)).squeeze(0)
-        assert tuple(ids.shape) == self._layout.latent_shape, (ids.shape, self._layout.latent_shape)
-        return ids.flatten().to(device="cpu", dtype=torch.int32)
+        return torch.from_numpy(ids.astype("int32"))
 
-    def _report(self, files: Iterable[SkippedFile], log: bool = True) -> None:
+    def _report(self, files: Iterable[SkippedFile]) -> None:
         """Remembers each bad file once: another clip of it may fail later, in another thread."""
         with self._lock:
-            known = {file.path for file in self.skipped}
-            new = [file for file in files if file.path not in known]
-            self.skipped += new
-            self._undrained += new
-        for file in new if log else ():
-            logger.warning("skipped %s: %s", file.path, file.reason)
+            for file in files:
+                if file.path not in self.skipped:
+                    self.skipped[file.path] = file
+                    self._undrained.append(file)

@@ -7,10 +7,14 @@ edit lists and a variable frame rate change nothing. To reach a frame, only its 
 from __future__ import annotations
 
 import bisect
+import io
+import math
 import os
+import time
 from collections.abc import Sequence
+from fractions import Fraction
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -19,24 +23,46 @@ import numpy as np
 _OPEN_OPTIONS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 
+_COLOUR_SPACES = {1: "bt709", 2: "unspecified", 5: "bt601", 6: "bt601"}  # FFmpeg's AVColorSpace
+_COPY_RATE = 30  # frames per second of files that ``cut`` makes
+
+
 class UnreadableVideoError(Exception):
     """A video file, or a part of it, cannot be read; the message is the reason, without the file's name."""
+
+
+class VideoFormat(NamedTuple):
+    """How a file's frames are coded, by FFmpeg's names; ``rotation`` in degrees counterclockwise."""
+
+    codec: str
+    pixels: str
+    height: int
+    width: int
+    rotation: int
+    colour_space: str
 
 
 class Mp4File:
     """An open MP4 file; a context manager.
 
     Attributes:
+        path: the file.
         num_frames: frames that the file's index promises. Nothing is decoded to count them, so a damaged file may
             still turn out to have fewer.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], timeout: float = math.inf) -> None:
         """Opens the file and reads its index.
+
+        Args:
+            path: the file.
+            timeout: seconds from now after which reading is given up.
 
         Raises:
             UnreadableVideoError: if there is no such file, or it is no video that can be decoded here.
         """
+        self.path = path
+        self._timeout, self._deadline = timeout, time.monotonic() + timeout
         try:
             size = os.stat(path).st_size
             self._container = av.open(os.fspath(path), **_OPEN_OPTIONS)
@@ -82,18 +108,74 @@ class Mp4File:
                 f"frames {numbers[0]} to {numbers[-1]} cannot be decoded ({_reason(error)})"
             ) from error
 
-    def _read(self, numbers: Sequence[int]) -> np.ndarray:
-        packets, timestamps = self._demux(numbers[0], numbers[-1])
+    def first_format(self) -> VideoFormat:
+        """See ``probe``; to be called before anything else is read."""
+        try:
+            frame = next(self._container.decode(self._stream), None)
+        except (av.error.FFmpegError, OSError) as error:
+            raise UnreadableVideoError(f"frame 0 cannot be decoded ({_reason(error)})") from error
+        if frame is None:
+            raise UnreadableVideoError("frame 0 is missing")
+        space = _COLOUR_SPACES.get(int(frame.colorspace), "other")
+        codec = self._stream.codec_context.codec.canonical_name  # whichever library decodes it
+        return VideoFormat(codec, frame.format.name, frame.height, frame.width, round(frame.rotation), space)
+
+    def cut(self, numbers: Sequence[int]) -> tuple[bytes, list[int]]:
+        """Copies, without decoding, what frames need into a file of its own: from their keyframe on, at an even rate.
+
+        Another decoder so needs no random access, and no idea of edit lists, start times or variable frame rates.
+
+        Args:
+            numbers: frame numbers from 0, increasing.
+
+        Returns:
+            An MP4 file, and the places of the frames among its frames.
+
+        Raises:
+            UnreadableVideoError: if a frame is missing, or the packets are damaged.
+        """
+        try:
+            packets, timestamps = self._demux(numbers[0], numbers[-1])
+            wanted = self._timestamps(numbers, timestamps)
+            packets = packets[_start(packets, wanted[0]) :]
+            # Frames shown before the keyframe that they follow in the file refer to what lies before it.
+            packets = [packet for packet in packets if _pts(packet) >= _pts(packets[0])]
+            shown = sorted(map(_pts, packets))
+            places = {timestamp: place for place, timestamp in enumerate(shown)}
+            return self._mux(packets, places), [places[timestamp] for timestamp in wanted]
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise UnreadableVideoError(
+                f"frames {numbers[0]} to {numbers[-1]} cannot be copied ({_reason(error)})"
+            ) from error
+
+    def _mux(self, packets: list[av.Packet], places: dict[int, int]) -> bytes:
+        file = io.BytesIO()
+        with av.open(file, "w", format="mp4") as output:
+            stream = output.add_stream_from_template(self._stream)
+            # A frame may be shown no earlier than it is decoded.
+            delay = max(number - places[_pts(packet)] for number, packet in enumerate(packets))
+            for number, packet in enumerate(packets):
+                packet.pts, packet.dts, packet.duration = places[_pts(packet)] + delay, number, 1
+                packet.time_base = Fraction(1, _COPY_RATE)
+                packet.stream = stream
+            output.mux(packets)
+        return file.getvalue()
+
+    def _timestamps(self, numbers: Sequence[int], timestamps: dict[int, int]) -> list[int]:
         missing = [number for number in numbers if number not in timestamps]
         if missing:
             raise UnreadableVideoError(
                 f"frame {missing[0]} is missing although its index lists {self.num_frames} frames"
             )
-        wanted = [timestamps[number] for number in numbers]
-        is_start = (packet.is_keyframe and packet.pts is not None and packet.pts <= wanted[0] for packet in packets)
-        start = max((i for i, suitable in enumerate(is_start) if suitable), default=0)
+        return [timestamps[number] for number in numbers]
+
+    def _read(self, numbers: Sequence[int]) -> np.ndarray:
+        packets, timestamps = self._demux(numbers[0], numbers[-1])
+        wanted = self._timestamps(numbers, timestamps)
+        start = _start(packets, wanted[0])
         found: dict[int, np.ndarray] = {}
         for packet in [*packets[start:], None]:  # None makes the decoder hand out the frames it holds back
+            self._check_deadline()
             for frame in self._stream.codec_context.decode(packet):
                 if frame.pts in wanted and not frame.is_corrupt:
                     found[frame.pts] = _upright_rgb(frame)
@@ -122,6 +204,7 @@ class Mp4File:
         landed: int | None = None  # position in the index of the first packet
         number = 0  # frame number of shown[0]
         for packet in self._container.demux(self._stream):
+            self._check_deadline()
             if packet.pts is None or packet.dts is None:
                 continue
             if not packets:
@@ -141,6 +224,10 @@ class Mp4File:
                 bisect.insort(shown, packet.pts)
         return packets, {number + i: timestamp for i, timestamp in enumerate(shown[: last - number + 1])}
 
+    def _check_deadline(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise UnreadableVideoError(f"was given up: it takes more than {self._timeout:g} s to decode")
+
     def _start_entry(self, frame: int) -> int:
         """A keyframe, as a position in the index, that is certain to be shown no later than ``frame``.
 
@@ -156,6 +243,31 @@ class Mp4File:
                 keyframes.append(index)
             shown += not entry.is_discard
         return keyframes[-2] if len(keyframes) > 1 else 0
+
+
+def _pts(packet: av.Packet) -> int:
+    assert packet.pts is not None  # _demux has left the others out
+    return packet.pts
+
+
+def _start(packets: list[av.Packet], timestamp: int) -> int:
+    """The last keyframe that is shown no later than a frame."""
+    is_start = (packet.is_keyframe and _pts(packet) <= timestamp for packet in packets)
+    return max((i for i, suitable in enumerate(is_start) if suitable), default=0)
+
+
+def probe(path: str | os.PathLike[str], timeout: float = math.inf) -> VideoFormat:
+    """Decodes a file's first frame to see how its frames are coded; headers do not tell all of it.
+
+    Args:
+        path: the file.
+        timeout: seconds after which reading is given up.
+
+    Raises:
+        UnreadableVideoError: if there is no such file, or the frame is missing or damaged.
+    """
+    with Mp4File(path, timeout) as file:
+        return file.first_format()
 
 
 def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:

@@ -22,8 +22,9 @@ def resize_and_crop(frames: Tensor, height: int, width: int) -> Tensor:
     ratio = max(width / source_width, height / source_height)
     size = (int(ratio * source_height + 0.5), int(ratio * source_width + 0.5))
     if size != (source_height, source_width):
-        # One frame at a time stays in the cache: half the time and a thirtieth of the memory.
-        frames = torch.cat([_resize(frame, size) for frame in frames.split(1)])
+        # On a CPU, one frame at a time stays in the cache: half the time and a thirtieth of the memory.
+        at_once = 1 if frames.device.type == "cpu" else 11
+        frames = torch.cat([_resize(frame, size) for frame in frames.split(at_once)])
     top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)  # half to even, too
     return frames[..., top : top + height, left : left + width]
 

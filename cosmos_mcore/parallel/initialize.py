@@ -38,10 +38,11 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
     else:
         device = cpu_mode.CPU
         cpu_mode.enable()
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+            timeout=timeout,
         )  # no device_id: it would make NCCL's communicators of all of Megatron's groups at once, used or not
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -50,7 +51,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
         context_parallel_size=parallel.context_parallel_size,
         create_gloo_process_groups=False,  # a second set of groups that only Megatron's older checkpoints need
     )
-    _make_replica_groups()
+    _make_replica_groups(timeout)
     # Nothing in training draws random numbers (no dropout; weights and clips have generators of their own), so the
     # seeds only matter to user callbacks.
     random.seed(seed)
@@ -60,8 +61,11 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
     return device
 
 
-def _make_replica_groups() -> None:
-    """Groups the ranks that hold one model replica: equal data-parallel rank, any TP, PP, CP rank."""
+def _make_replica_groups(timeout: timedelta) -> None:
+    """Groups the ranks that hold one model replica: equal data-parallel rank, any TP, PP, CP rank.
+
+    Through gloo, on CPUs: the loader's threads send ids while training has the GPUs and their groups for itself.
+    """
     global _replica_group
     # Megatron numbers ranks with TP fastest, then CP, then DP, then PP.
     inner = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
@@ -70,13 +74,14 @@ def _make_replica_groups() -> None:
     assert replica_of[dist.get_rank()] == data_parallel_rank()
     for replica in range(replicas):
         members = [rank for rank, of in enumerate(replica_of) if of == replica]
-        group = dist.new_group(members)
+        # In a dry run, one process plays all ranks and has no one to talk to.
+        group = dist.new_group(members, timeout, backend=None if dist.get_backend() == "fake" else "gloo")
         if replica_of[dist.get_rank()] == replica:
             _replica_group = group
 
 
 def replica_group() -> dist.ProcessGroup:
-    """The ranks that together hold this rank's model replica (TP x PP x CP)."""
+    """The ranks that together hold this rank's model replica (TP x PP x CP), through gloo; used by the loader alone."""
     assert _replica_group is not None, "initialize() comes first"
     return _replica_group
 

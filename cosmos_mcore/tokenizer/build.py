@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from cosmos_mcore.config.derived import pixel_chunk_duration
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.tokenizer.base import VideoTokenizer
+from cosmos_mcore.tokenizer.dv8x16x16 import JitTokenizer, ReleasedTokenizer
 from cosmos_mcore.tokenizer.haar import HaarTokenizer
 
 
@@ -18,11 +21,13 @@ def build_tokenizer(config: RunConfig, device: torch.device) -> VideoTokenizer:
         device: where a tokenizer with weights keeps them.
 
     Raises:
-        ValueError: if the name is unknown or its tokenizer not available.
+        ValueError: if the name is unknown, or the tokenizer's files are missing or damaged.
     """
     name = config.tokenizer.name
     if name == "haar":
         return HaarTokenizer(pixel_chunk_duration(config))
     if name == "dv8x16x16":
-        raise ValueError("tokenizer.name=dv8x16x16 is not available yet in this version; use tokenizer.name=haar")
+        assert config.tokenizer.path is not None  # validate() has seen to it
+        kind = JitTokenizer if config.tokenizer.engine == "jit" else ReleasedTokenizer
+        return kind(Path(config.tokenizer.path), pixel_chunk_duration(config), device)
     raise ValueError(f"tokenizer.name={name} is unknown; known are haar and dv8x16x16")

@@ -5,6 +5,7 @@ Everything is computed in float32 whatever the input or the default dtype: in bf
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -64,4 +65,10 @@ def _per_channel(values: tuple[int, ...], like: Tensor, dim: int) -> Tensor:
     """The per-channel constants, int32, shaped to broadcast against axis ``dim`` of ``like``."""
     shape = [1] * like.ndim
     shape[dim] = len(values)
-    return torch.tensor(values, dtype=torch.int32, device=like.device).view(shape)
+    return _on_device(values, like.device).view(shape)
+
+
+@functools.cache
+def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied once: a copy from the host would wait for the GPU, and must not be part of a CUDA graph."""
+    return torch.tensor(values, dtype=torch.int32, device=device)

@@ -10,6 +10,7 @@ from cosmos_mcore.checkpoint.pointer import latest_checkpoint
 from cosmos_mcore.config.derived import data_parallel_size, derive_video_layout, num_microbatches, run_dir
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import find_files
+from cosmos_mcore.data.token_cache import check_settings, clip_settings, is_cache
 from cosmos_mcore.model.presets import resolve_arch
 from cosmos_mcore.parallel.layout import check_layout, check_num_microbatches, check_world_size, model_parallel_size
 from cosmos_mcore.training.plan import estimate_memory
@@ -43,10 +44,26 @@ def preflight(config: RunConfig, world_size: int) -> None:
             f"model.preset={config.model.preset} learns from video and text, and this version reads no prompts yet; "
             "choose 1b, 4b or 12b"
         )
-    find_files(config.data)
+    for folder in (config.data.path, config.data.token_cache):
+        if is_cache(folder):
+            check_settings(Path(str(folder)).expanduser(), clip_settings(config.data))
+    if not is_cache(config.data.path):
+        find_files(config.data)
+    _check_tokenizer(config)
     if latest_checkpoint(run_dir(config) / "checkpoints") is None:
         _check_start(config.checkpoint.load)
     _check_writable(run_dir(config))
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    if config.tokenizer.name == "haar" or config.tokenizer.path is None:
+        return
+    for name in ("encoder.jit", "decoder.jit"):
+        if not (Path(config.tokenizer.path) / name).is_file():
+            raise ValueError(
+                f"tokenizer.path={config.tokenizer.path} has no {name}; download it with "
+                "scripts/download_autoregressive_checkpoints.py, or try tokenizer.name=haar"
+            )
 
 
 def _check_start(load: str | None) -> None:

@@ -23,7 +23,7 @@ from cosmos_mcore.config.derived import VideoLayout, derive_video_layout, num_mi
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import ClipIndex, index_clips
 from cosmos_mcore.data.loader import ClipLoader
-from cosmos_mcore.data.sampler import ClipSampler
+from cosmos_mcore.data.sampler import ClipSampler, WeightedSampler
 from cosmos_mcore.model.builder import build_model
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.model.presets import ModelArch, resolve_arch
@@ -80,7 +80,7 @@ def set_up(config: RunConfig) -> Run:
     progress = load_start(config, arch, chunks, optimizer)
     loader = ClipLoader(
         index,
-        ClipSampler(len(index.clips), config.training.seed),
+        _sampler(config, index),
         tokenizer,
         config,
         layout,
@@ -150,6 +150,12 @@ def load_start(
         initialize_weights(chunks, arch, config.training.seed)
     optimizer.reload_model_params()
     return Progress()
+
+
+def _sampler(config: RunConfig, index: ClipIndex) -> ClipSampler:
+    if index.source_sizes is None or config.data.weights is None:
+        return ClipSampler(len(index.clips), config.training.seed)
+    return WeightedSampler(index.source_sizes, config.data.weights, config.training.seed)
 
 
 def _shared_index(config: RunConfig) -> ClipIndex:

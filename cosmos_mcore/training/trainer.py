@@ -171,13 +171,16 @@ class Trainer:
             callback.on_report(report)
 
     def _gather_skipped(self) -> list[SkippedFile]:
-        """Files that any replica found unusable since the last report, each once, on every rank."""
-        mine = self.run.loader.drain_skipped()
-        if dist.get_world_size() == 1:
-            return mine
-        boxes: list[list[SkippedFile]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(boxes, mine)
-        return list({file.path: file for box in boxes for file in box}.values())
+        """Files that any rank found unusable since the last report, each once in a run, on every rank."""
+        found = self.run.loader.drain_skipped()
+        if dist.get_world_size() > 1:
+            boxes: list[list[SkippedFile]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(boxes, found)
+            found = [file for box in boxes for file in box]
+        new = self.run.loader.name_skipped(found)
+        for file in new if dist.get_rank() == 0 else ():
+            logger.warning("skipped %s: %s", file.path, file.reason)
+        return new
 
 
 def default_callbacks(config: RunConfig) -> list[Callback]:

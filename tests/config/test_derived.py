@@ -52,6 +52,15 @@ def test_begin_of_video_token() -> None:
     assert (layout.num_ignored_tokens, layout.num_loss_positions) == (2560, 10240)
 
 
+def test_images() -> None:
+    config = video(1, 64, 96)
+    config.model.num_condition_latents = 0
+    layout = derive_video_layout(config)
+    assert layout.latent_shape == (1, 4, 6)
+    assert (layout.num_ignored_tokens, layout.num_loss_positions) == (0, 23)  # the first token is nowhere predicted
+    assert derive_video_layout(config, begin_of_video=True).num_loss_positions == 24
+
+
 def test_chunks() -> None:
     assert derive_video_layout(video(66, 64, 64)).latent_shape == (10, 4, 4)
     assert derive_video_layout(video(165, 64, 64)).latent_shape == (25, 4, 4)
@@ -104,7 +113,7 @@ def test_what_holds_for_every_layout(
         ((33, 100, 64), "data.height=100 must be a multiple of 16; try data.height=96"),
         ((33, 64, 3), "data.width=3 must be a multiple of 16; try data.width=16"),
         ((40, 64, 64), "data.num_frames=40 must be 1 \\+ a multiple of 8; try data.num_frames=33"),
-        ((1, 64, 64), "model.num_condition_latents=1 must be at least 1 and less than the 1 latent frames"),
+        ((1, 64, 64), "model.num_condition_latents=1 must be less than the 1 latent frames"),
         ((0, 64, 64), "data.num_frames=0 must be"),
     ],
 )

@@ -79,3 +79,12 @@ def test_fp8_and_recompute_need_their_partners() -> None:
         validate(config)
     config.parallel.recompute_granularity = "full"
     validate(config)
+
+
+def test_weights_are_as_many_as_paths() -> None:
+    config = RunConfig()
+    config.data.path, config.data.weights = ["a", "b"], [1.0]
+    with pytest.raises(ValueError, match=r"data\.weights has 1 numbers, data\.path 2 entries"):
+        validate(config)
+    config.data.weights = [1.0, 0.5]
+    validate(config)

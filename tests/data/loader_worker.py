@@ -1,7 +1,6 @@
-"""What one rank of ``test_loader.py`` runs: ``python -m tests.data.loader_worker VIDEOS FOLDER``.
+"""What one rank of ``test_loader.py`` runs: ``python -m tests.data.loader_worker VIDEOS FOLDER BATCH``.
 
-Both ranks form one replica. The second one gets an index of files that do not exist: it must not need them. After a
-few steps the first rank fails and leaves.
+All ranks form one replica. After a few steps the first one fails.
 """
 
 import json
@@ -14,21 +13,23 @@ import torch
 import torch.distributed as dist
 
 from cosmos_mcore.config.derived import derive_video_layout
-from cosmos_mcore.data.index import ClipIndex, Clips, index_clips
+from cosmos_mcore.data.decode import PyAVDecoder
+from cosmos_mcore.data.index import index_clips
 from cosmos_mcore.data.loader import ClipLoader
 from cosmos_mcore.data.sampler import ClipSampler
 from cosmos_mcore.tokenizer.build import build_tokenizer
-from tests.data.test_loader import CPU, loader_threads, small_config
+from tests.data.test_loader import CPU, small_config
 
 
-def main(videos, folder):
+def main(videos, folder, batch):
     """Writes FOLDER/RANK.json."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
-    config = small_config(videos)
+    config = small_config(videos, global_batch_size=int(batch))
     index = index_clips(config.data)
-    if rank == 1:
-        index = ClipIndex(Clips([("missing.mp4", len(index.clips))], config.data), [])
+    decoded = []
+    decode = PyAVDecoder.decode
+    PyAVDecoder.decode = lambda self, clip: (decoded.append((clip.path, clip.first_frame)), decode(self, clip))[1]
     found = {"error": None}
     with ClipLoader(
         index,
@@ -42,15 +43,16 @@ def main(videos, folder):
         device=CPU,
         consumed_samples=8,
     ) as loader:
-        found["ids"] = torch.stack([loader.next() for _ in range(5)]).tolist()
+        found["ids"] = torch.stack([loader.next() for _ in range(6)]).tolist()
         found["consumed_samples"] = loader.consumed_samples
-        found["threads"] = loader_threads()
-        loader._tokenizer = None if rank == 0 else loader._tokenizer
+        found["decoded"] = list(decoded)
+        if rank == 0:
+            loader._clip_tokens._tokenizer = None
         try:
-            for _ in range(10):
+            for _ in range(20):
                 loader.next()
         except Exception as error:
-            found["error"] = type(error).__name__
+            found["error"], found["message"] = type(error).__name__, str(error)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     os._exit(0)  # after the failure of a peer, gloo may abort when Python tidies up
 

@@ -149,3 +149,13 @@ def test_without_torch():
     """A wrong path is reported before the seconds that torch takes to load."""
     code = "import sys, cosmos_mcore.data.index; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60).returncode == 0
+
+
+def test_weights(tmp_path):
+    write_test_clip(tmp_path / "a" / "1.mp4", 12)
+    write_test_clip(tmp_path / "b" / "2.mp4", 9)
+    paths = [str(tmp_path / "a"), str(tmp_path)]  # the second one holds the first one's files, too
+    assert index_clips(config(paths, weights=[1.0, 2.0])).source_sizes == [4, 1]
+    assert index_clips(config(paths)).source_sizes is None
+    with pytest.raises(ValueError, match=r"/b/2\.mp4 has a weight but no usable clip; leave both out"):
+        index_clips(config([str(tmp_path), str(tmp_path / "b" / "2.mp4")], weights=[1.0, 2.0]))

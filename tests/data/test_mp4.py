@@ -1,5 +1,6 @@
 """Random access to frames: exact in every kind of file, and one error for whatever is wrong."""
 
+import io
 import random
 
 import av
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosmos_mcore.data.mp4 import Mp4File, UnreadableVideoError
+from cosmos_mcore.data.mp4 import Mp4File, UnreadableVideoError, probe
 from tests.videos import moving_square, read_stamp, stamped, write_test_clip
 
 FRAMES = 50
@@ -83,6 +84,23 @@ def test_any_increasing_numbers(clip, numbers):
         assert np.array_equal(file.read(numbers), everything[numbers])
 
 
+def frames_of_cut(path, numbers):
+    """What another program makes of the file that ``cut`` gives, which must show all frames from the first one on."""
+    with Mp4File(path) as file:
+        data, places = file.cut(numbers)
+    with av.open(io.BytesIO(data)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(data) < path.stat().st_size + 2000
+    return np.stack([frames[place] for place in places])
+
+
+def test_cut_of_every_kind(clip):
+    path, everything = clip
+    for first in range(0, FRAMES, 3):
+        numbers = range(first, min(first + 7, FRAMES), 3)
+        assert np.array_equal(frames_of_cut(path, numbers), everything[numbers.start : numbers.stop : 3]), first
+
+
 @pytest.mark.parametrize("frames_before", [5, 17])
 def test_edit_list(folder, frames_before):
     whole = write_test_clip(folder / "whole.mp4", FRAMES)
@@ -93,6 +111,28 @@ def test_edit_list(folder, frames_before):
         with Mp4File(path) as file:
             assert file.num_frames == len(everything)
             assert np.array_equal(file.read(range(first, first + 3)), everything[first : first + 3])
+        assert np.array_equal(frames_of_cut(path, range(first, first + 3)), everything[first : first + 3])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("h264", "yuv420p", 64, 96, 0, "unspecified")),
+        ({"rotation": 90}, ("h264", "yuv420p", 64, 96, 90, "unspecified")),
+        ({"codec_options": {"colorspace": "bt709"}}, ("h264", "yuv420p", 64, 96, 0, "bt709")),
+        ({"codec": "libsvtav1", "bframes": 0, "codec_options": {"preset": "12"}}, ("av1", "yuv420p", 64, 96, 0)),
+        ({"codec": "libvpx-vp9", "bframes": 0, "codec_options": {}}, ("vp9", "yuv420p", 64, 96, 0)),
+        ({"codec": "libx265", "codec_options": {"x265-params": "log-level=none"}}, ("hevc", "yuv420p", 64, 96, 0)),
+    ],
+)
+def test_probe(tmp_path, options, expected):
+    path = write_test_clip(tmp_path / "clip.mp4", 3, 64, 96, **options)
+    assert probe(path)[: len(expected)] == expected
+
+
+def test_probe_of_damaged_files(tmp_path):
+    with pytest.raises(UnreadableVideoError, match="No such file"):
+        probe(tmp_path / "gone.mp4")
 
 
 def test_start_is_never_too_late(clip):

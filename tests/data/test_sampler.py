@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosmos_mcore.data.sampler import ClipSampler
+from cosmos_mcore.data.sampler import ClipSampler, WeightedSampler
 
 sizes, seeds = st.integers(1, 40), st.integers(0, 2**31)
 
@@ -60,3 +60,33 @@ def test_replacements_try_every_clip_once(num_clips, seed, position):
 def test_replacements_differ_from_position_to_position():
     sampler = ClipSampler(1000, 0)
     assert len({tuple(islice(sampler.replacements(position), 2)) for position in range(50)}) > 40
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    weights=st.lists(st.floats(0.001, 100), min_size=4, max_size=4),
+    seed=st.integers(0, 5),
+    start=st.integers(0, 25_000),
+)
+def test_weighted_sources(sizes, weights, seed, start):
+    weights = weights[: len(sizes)]
+    sampler = WeightedSampler(sizes, weights, seed)
+    found = sampler.clip_indices(start, 300)
+    other = WeightedSampler(sizes, weights, seed)
+    assert [other.clip_indices(position, 1)[0] for position in (start + 299, start, start + 7)] == [
+        found[299],
+        found[0],
+        found[7],
+    ]
+    assert all(0 <= number < sum(sizes) for number in found)
+
+
+def test_weights_are_shares_and_each_source_passes_through_all_its_clips():
+    sizes, weights = [7, 100, 1], [3, 1, 1]
+    found = WeightedSampler(sizes, weights, seed=3).clip_indices(0, 20_000)
+    sources = [[number for number in found if low <= number < high] for low, high in ((0, 7), (7, 107), (107, 108))]
+    assert [len(source) for source in sources] == [12_000, 4_000, 4_000]
+    for source, size in zip(sources, sizes, strict=True):
+        assert all(len(set(source[i : i + size])) == size for i in range(0, len(source) - size, size))
+    head = [number < 7 for number in found[:1000]]
+    assert 500 < sum(head) < 700  # mixed, not one after the other

@@ -1,10 +1,12 @@
 """Checks before a run, and the numbers that follow from its config."""
 
+import json
 import os
 
 import pytest
 
 from cosmos_mcore.config import load_config
+from cosmos_mcore.data.token_cache import clip_settings
 from cosmos_mcore.training.preflight import derived_numbers, preflight, processes
 
 
@@ -92,3 +94,20 @@ def test_derived_numbers_follow_the_config(config):
     assert row("tokens per step") == "240"
     config.parallel.sequence_parallel, config.data.height = True, 48
     assert row("sequence length") == "45 (padded to 46)"
+
+
+def test_tokenizer_files(config, tmp_path):
+    config.tokenizer.name, config.tokenizer.path = "dv8x16x16", str(tmp_path / "t")
+    assert f"tokenizer.path={tmp_path / 't'} has no encoder.jit; download it with" in refused(config)
+    (tmp_path / "t").mkdir()
+    for name in ("encoder.jit", "decoder.jit"):
+        (tmp_path / "t" / name).touch()
+    preflight(config, 1)
+
+
+def test_a_token_cache_in_the_place_of_videos(config, tmp_path):
+    (tmp_path / "token_cache.json").write_text(json.dumps(clip_settings(config.data)))
+    config.data.path = config.data.token_cache = str(tmp_path)
+    preflight(config, 1)
+    config.data.frame_stride += 1
+    assert "was made with data.frame_stride=1, this run has data.frame_stride=2" in refused(config)
