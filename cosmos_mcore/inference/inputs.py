@@ -27,12 +27,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is read of each input: so many frames (of an image: one), of this size."""
+    """What is read of each input: so many frames of this size; of an image one, unless only videos will do."""
 
     num_frames: int
     height: int
     width: int
     frame_stride: int
+    video_only: bool = False
 
 
 @dataclass
@@ -99,6 +100,8 @@ def read_batches(
     for item in items:
         try:
             clip = read_conditioning(item.source, wanted.num_frames, wanted.height, wanted.width, wanted.frame_stride)
+            if wanted.video_only and clip.size(2) < wanted.num_frames:
+                raise ValueError(f"--compare needs a video, whose frames are the truth, but {item.source} is an image")
         except ValueError as error:
             if failures is None:
                 raise

@@ -106,7 +106,8 @@ def main(arguments: list[str]) -> int:
         items = read_batch_file(Path(args.batch_input_path), failures)
     else:
         items = [Item(Path(args.input_image_or_video_path), args.video_save_name)]
-    wanted = Wanted(_frames_to_read(args, config), config.data.height, config.data.width, config.data.frame_stride)
+    size = config.data.height, config.data.width, config.data.frame_stride
+    wanted = Wanted(_frames_to_read(args, config), *size, video_only=args.compare)
     per_batch = max(1, MAX_BATCH // args.num_samples)
     batches = read_batches(items, wanted, per_batch, failures if args.batch_input_path is not None else None)
     first = next(batches, None)  # a mistake in the first input shall not cost the loading of a model
@@ -206,8 +207,6 @@ def _continue(
     """Generates all samples of a group at once; yields them, with what was read, on the first rank."""
     given = clips
     if args.compare:
-        if clips.size(2) == 1:
-            raise ValueError(f"--compare needs a video, whose frames are the truth, but {group[0].source} is an image")
         given = clips[:, :, : 1 if args.input_type == "image" else args.num_input_frames]
     samples = range(args.num_samples)
     seeds = [args.seed + sample for _ in group for sample in samples]

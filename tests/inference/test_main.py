@@ -109,6 +109,7 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch):
         (["--input_image_or_video_path", folder / "sound.wav"], "sound.wav"),
         (["--input_image_or_video_path", folder / "short.mp4"], "has 3 frames, but 9 are needed"),
         ([*clip, "--compare"], "has 12 frames, but 17 are needed"),
+        (["--input_image_or_video_path", folder / "picture.webp", "--compare"], "--compare needs a video"),
         ([*clip, "--video_save_folder", plain_file / "below"], "cannot be made"),
         ([*clip, "--video_save_name", "a/b"], "must be a name"),
         ([*clip, "--num_frames", 9], "leaves nothing to generate"),
