@@ -48,6 +48,16 @@ def released_config(checkpoint_dir: Path) -> RunConfig:
     return config
 
 
+def check_tokenizer(config: RunConfig) -> None:
+    """Checks that the tokenizer's files are there, before a model is loaded; raises ValueError if not."""
+    path = config.tokenizer.path
+    if config.tokenizer.name != "haar" and path is not None and not (Path(path) / "decoder.jit").is_file():
+        raise ValueError(
+            f"there is no tokenizer in {path}; fetch it with scripts/download_autoregressive_checkpoints.py, or give "
+            "--checkpoint_dir with the folder that it is in"
+        )
+
+
 def read_arch(checkpoint: Path, config_file: Path | None) -> ModelArch:
     """The model in a checkpoint.
 

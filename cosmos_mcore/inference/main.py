@@ -179,7 +179,7 @@ def _find_model(args: argparse.Namespace) -> tuple[Path, Path | None]:
 
 def _adapted_config(args: argparse.Namespace, config_file: Path | None) -> RunConfig:
     """The config of the model, with the size of clips that the command line asks for."""
-    from cosmos_mcore.inference.assemble import released_config
+    from cosmos_mcore.inference.assemble import check_tokenizer, released_config
 
     config = released_config(Path(args.checkpoint_dir)) if config_file is None else load_config(config_file)
     config.precision.fp8 = None  # a recipe of training
@@ -187,6 +187,7 @@ def _adapted_config(args: argparse.Namespace, config_file: Path | None) -> RunCo
         value = getattr(args, name)
         setattr(config.data, name, getattr(config.data, name) if value is None else value)
     validate(config)
+    check_tokenizer(config)
     return config
 
 

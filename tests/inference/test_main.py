@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     (folder / "sound.wav").write_bytes(b"RIFF0000WAVEfmt ")
     (folder / "released").mkdir()
     save_model(folder / "released" / "Cosmos-Predict1-12B" / "model.pt", weights)
+    save_model(folder / "released" / "mine" / "model.pt", weights)
     return folder
 
 
@@ -121,6 +122,7 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch):
         ([*clip, "--num_gpus", 3], "does not divide"),
         ([*clip, "--ar_model_dir", "absent"], "download_autoregressive_checkpoints.py"),
         ([*clip, *released, "--ar_model_dir", "Cosmos-Predict1-12B"], "is not a 12B model"),
+        ([*clip, *released, "--ar_model_dir", "mine"], "there is no tokenizer in"),
         ([*clip, "--config", other, "--checkpoint", folder / "checkpoints" / "tiny"], "holds another model"),
         ([*clip, "--checkpoint", folder / "clip.mp4"], "clip.mp4"),
         (["--batch_input_path", folder / "missing.jsonl"], "there is no file"),
