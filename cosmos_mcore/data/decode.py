@@ -21,7 +21,8 @@ class ClipDecoder(ABC):
     """Reads the frames of clips; used from several threads at once.
 
     Attributes:
-        name: of the decoder; part of the token cache's settings, since two decoders differ in a pixel here and there.
+        name: of the decoder; part of the token cache's settings, since two decoders differ by a grey level here and
+            there, which is enough for other ids.
         parallel_clips: how many clips it decodes at once at its best.
     """
 

@@ -47,7 +47,7 @@ def cache_settings(config: RunConfig, layout: VideoLayout, fingerprint: str, dec
         config: the run's.
         layout: of its clips.
         fingerprint: the tokenizer's.
-        decoder: name of the decoder; two of them differ in a pixel here and there.
+        decoder: name of the decoder; two of them differ by a grey level here and there, enough for other ids.
     """
     settings = {**clip_settings(config.data), _TOKENS: math.prod(layout.latent_shape)}
     return {**settings, "tokenizer": fingerprint, "data.decoder": decoder, "transform version": TRANSFORM_VERSION}

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from cosmos_mcore.config.schema import DataConfig
+from cosmos_mcore.data import clip_tokens
 from cosmos_mcore.data.decode import PyAVDecoder
-from cosmos_mcore.data.index import Clip
+from cosmos_mcore.data.index import Clip, index_clips
 from cosmos_mcore.data.mp4 import UnreadableVideoError
+from tests.data.test_loader import read, small_config
 from tests.videos import moving_square, read_stamp, write_test_clip
 
 pytest.importorskip("nvidia.dali", reason="DALI is an optional package of 500 MB")
@@ -155,3 +157,18 @@ def test_a_hanging_pipeline_is_replaced(vp9, decoder, monkeypatch):
     assert one.abandoned == 1
     assert time.monotonic() - started < 10
     hang.set()
+
+
+def test_in_the_loader(vp9, monkeypatch):
+    config = small_config(vp9.parent, height=96, width=160, num_frames=9, start_frame_interval=5)
+    opened = []
+
+    def build(data, device):
+        opened.append(dali.DaliDecoder(data, CPU))
+        return opened[-1]
+
+    monkeypatch.setattr(clip_tokens, "build_decoder", build)
+    index = index_clips(config.data)
+    first, again = read(config, index, steps=6), read(config, index, steps=6)
+    assert torch.equal(first, again)
+    assert [decoder.on_cpu for decoder in opened] == [0, 0]
