@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_OK, _FAILED = 0, 1
+_TEXT = 1024  # bytes for the reason of a failure in every message
+_tags = itertools.count()
 
 
 class Exchange:
-    """Deals clips out to the ranks of a replica in turn, and brings their ids together. Not thread-safe."""
+    """Deals clips out to the ranks of a replica in turn, and brings their ids together. Not thread-safe.
+
+    Several may use one group at the same time, each from a thread of its own: messages carry the number of the
+    exchange, which is the same on all ranks as long as they make their exchanges in the same order.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None, num_tokens: int) -> None:
         """Takes the ranks.
 
         Args:
-            group: the replica's ranks, through gloo, used for nothing else (None: this rank alone).
+            group: the replica's ranks, through gloo (None: this rank alone).
             num_tokens: ids of one clip.
         """
-        self.group, self._num_tokens = group, num_tokens
+        self._group, self._num_tokens, self._tag = group, num_tokens, next(_tags)
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
+        self._ranks = [0] if group is None else dist.get_process_group_ranks(group)
 
     def owner(self, number: int) -> int:
         """The rank that reads the replica's clip with this number, counted since the loader's start."""
@@ -45,27 +53,38 @@ class Exchange:
                 raise mine
             return torch.stack(mine)
         rows = -(-count // self.size)
-        sent = torch.zeros(rows * self._num_tokens + 1, dtype=torch.int32)
+        text = torch.zeros(_TEXT, dtype=torch.uint8)
+        ids = torch.zeros(rows * self._num_tokens, dtype=torch.int32)
         if isinstance(mine, Exception):
-            sent[-1] = _FAILED
+            # Cut so that no character is torn; never empty, since that means success.
+            reason = f"{type(mine).__name__}: {mine}".encode()[:_TEXT].decode(errors="ignore").encode()
+            text[: len(reason)] = torch.tensor(list(reason), dtype=torch.uint8)
         elif mine:
-            sent[: len(mine) * self._num_tokens] = torch.cat(mine)
-        received = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(received, sent, group=self.group)
-        if any(part[-1] != _OK for part in received):
-            self._raise(mine)
+            ids[: len(mine) * self._num_tokens] = torch.cat(mine)
+        received = self._send_to_all(torch.cat([text, ids.view(torch.uint8)]))
+        self._raise_failure(received, mine)
+        parts = [part[_TEXT:].clone().view(torch.int32).view(rows, -1) for part in received]
         owners = [self.owner(first + number) for number in range(count)]
-        ids = [received[owner][:-1].view(rows, -1)[owners[:number].count(owner)] for number, owner in enumerate(owners)]
-        return torch.stack(ids)
+        return torch.stack([parts[owner][owners[:number].count(owner)] for number, owner in enumerate(owners)])
 
-    def _raise(self, mine: list[Tensor] | Exception) -> None:
+    def _send_to_all(self, message: Tensor) -> list[Tensor]:
+        """Messages of all ranks, the own one included; not by a collective, which another thread's could answer."""
+        received = [message if rank == self.rank else torch.empty_like(message) for rank in range(self.size)]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        works = [dist.irecv(received[rank], self._ranks[rank], self._group, self._tag) for rank in others]
+        works += [dist.isend(message, self._ranks[rank], self._group, self._tag) for rank in others]
+        for work in works:
+            assert work is not None
+            work.wait()
+        return received
+
+    def _raise_failure(self, received: list[Tensor], mine: list[Tensor] | Exception) -> None:
         """Ends all ranks alike, so that the one that speaks to the user knows the reason."""
-        reason = (type(mine).__name__, str(mine)) if isinstance(mine, Exception) else None
-        reasons: list[tuple[str, str] | None] = [None] * self.size
-        dist.all_gather_object(reasons, reason, group=self.group)
         if isinstance(mine, Exception):
             raise mine
-        rank, (kind, text) = next((rank, found) for rank, found in enumerate(reasons) if found is not None)
-        if kind == "ValueError":
-            raise ValueError(text)
-        raise RuntimeError(f"rank {rank} of this model replica cannot read clips any more: {kind}: {text}")
+        for rank, part in enumerate(received):
+            kind, _, text = bytes(part[:_TEXT].tolist()).rstrip(b"\0").decode().partition(": ")
+            if kind == "ValueError":
+                raise ValueError(text)
+            if kind:
+                raise RuntimeError(f"rank {rank} of this model replica cannot read clips any more: {kind}: {text}")

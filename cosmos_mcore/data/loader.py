@@ -70,7 +70,8 @@ class ClipLoader:
             layout: shape of one clip's ids.
             data_parallel_rank: which replica this rank belongs to.
             data_parallel_size: number of replicas; divides the global batch size.
-            replica_group: the ranks of this replica, through gloo, used for nothing else (None: this rank alone).
+            replica_group: the ranks of this replica, through gloo (None: this rank alone); loaders may share it if all
+                ranks open them in the same order.
             device: where the tokenizer runs and the batches go.
             consumed_samples: samples that all replicas together have seen before this step.
 

@@ -81,7 +81,7 @@ def _make_replica_groups(timeout: timedelta) -> None:
 
 
 def replica_group() -> dist.ProcessGroup:
-    """The ranks that together hold this rank's model replica (TP x PP x CP), through gloo; used by the loader alone."""
+    """The ranks that together hold this rank's model replica (TP x PP x CP), through gloo; for loaders only."""
     assert _replica_group is not None, "initialize() comes first"
     return _replica_group
 

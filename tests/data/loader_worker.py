@@ -1,11 +1,12 @@
 """What one rank of ``test_loader.py`` runs: ``python -m tests.data.loader_worker VIDEOS FOLDER BATCH``.
 
-All ranks form one replica. After a few steps the first one fails.
+All ranks form one replica. Two loaders share it, at different speeds. After a few steps the first rank fails.
 """
 
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,21 +32,32 @@ def main(videos, folder, batch):
     decode = PyAVDecoder.decode
     PyAVDecoder.decode = lambda self, clip: (decoded.append((clip.path, clip.first_frame)), decode(self, clip))[1]
     found = {"error": None}
-    with ClipLoader(
-        index,
-        ClipSampler(len(index.clips), 5),
-        build_tokenizer(config, CPU),
-        config,
-        derive_video_layout(config),
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        replica_group=dist.group.WORLD,
-        device=CPU,
-        consumed_samples=8,
-    ) as loader:
+
+    def open_loader():
+        return ClipLoader(
+            index,
+            ClipSampler(len(index.clips), 5),
+            build_tokenizer(config, CPU),
+            config,
+            derive_video_layout(config),
+            data_parallel_rank=0,
+            data_parallel_size=1,
+            replica_group=dist.group.WORLD,
+            device=CPU,
+            consumed_samples=8,
+        )
+
+    with open_loader() as loader:
         found["ids"] = torch.stack([loader.next() for _ in range(6)]).tolist()
-        found["consumed_samples"] = loader.consumed_samples
         found["decoded"] = list(decoded)
+        with open_loader() as other:
+            found["same"] = []
+            for step in range(6):
+                time.sleep(0.01 * ((step + rank) % 3))
+                found["same"].append(other.next().tolist())
+                if step % 2:
+                    loader.next()
+        found["consumed_samples"] = loader.consumed_samples
         if rank == 0:
             loader._clip_tokens._tokenizer = None
         try:
