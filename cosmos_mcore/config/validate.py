@@ -37,6 +37,10 @@ def _check_tokenizer(config: RunConfig) -> None:
             f"tokenizer.name={config.tokenizer.name} needs tokenizer.path, the folder with its weights; "
             "tokenizer.name=haar needs none"
         )
+    if config.tokenizer.name == "haar" and config.tokenizer.engine != "eager":
+        raise ValueError(
+            f"tokenizer.engine={config.tokenizer.engine} needs tokenizer.name=dv8x16x16, which has files to run"
+        )
 
 
 def _check_data(config: RunConfig) -> None:

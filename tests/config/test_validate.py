@@ -81,6 +81,15 @@ def test_fp8_and_recompute_need_their_partners() -> None:
     validate(config)
 
 
+def test_only_the_released_tokenizer_has_files_to_run() -> None:
+    config = RunConfig()
+    config.tokenizer.engine = "jit"
+    with pytest.raises(ValueError, match=r"tokenizer\.engine=jit needs tokenizer\.name=dv8x16x16"):
+        validate(config)
+    config.tokenizer.name, config.tokenizer.path = "dv8x16x16", "folder"
+    validate(config)
+
+
 def test_weights_are_as_many_as_paths() -> None:
     config = RunConfig()
     config.data.path, config.data.weights = ["a", "b"], [1.0]
