@@ -31,7 +31,7 @@ SETTINGS_FILE = "token_cache.json"
 TRANSFORM_VERSION = 1  # raise it with every change of decoding or transforms that alters pixels
 
 _SHARD_BYTES = 2**28
-_REFRESH_SECONDS = 2.0
+_REFRESH_SECONDS = 10.0  # between looks at what others have added: hundreds of processes may share a file system
 _TOKENS = "tokens per clip"
 
 
