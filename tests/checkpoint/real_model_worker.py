@@ -21,7 +21,7 @@ from cosmos_mcore.config.derived import VideoLayout
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.model.builder import build_model
 from cosmos_mcore.parallel.initialize import initialize, shut_down
-from cosmos_mcore.training.optimizer import build_optimizer
+from cosmos_mcore.training.optimizer import build_optimizer, update
 from cosmos_mcore.training.setup import wrap_for_data_parallel
 
 
@@ -49,7 +49,7 @@ def main(tensor_parallel_size, pipeline_parallel_size, folder):
         group["lr"] = 0.0  # a step that makes moments and leaves the weights
     for parameter in chunks[0].parameters():
         parameter.main_grad.fill_(1.0)
-    optimizer.step()
+    update(optimizer)
     save_checkpoint(folder / "saved", 1, chunks, optimizer, {"iteration": 1, "consumed_samples": 1})
 
     progress = load_checkpoint(folder / "resume", chunks, optimizer)
