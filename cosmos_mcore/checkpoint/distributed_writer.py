@@ -154,9 +154,7 @@ def _common_state(training: TrainingState | None, consumed_samples: int | None) 
         "is_expert_parallel": False,
         "is_decoupled_lr": False,
         "default_config": True,
-        "max_lr": given.get("initial_lr", given.get("lr")),
-        "min_lr": None,
-        **{key: value for key, value in given.items() if key != "initial_lr"},
+        **given,
         "step": training.step,
     }
     return {

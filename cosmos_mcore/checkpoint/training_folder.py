@@ -192,7 +192,7 @@ def _optimizer_structure(specs: Sequence[TensorSpec], training: TrainingState) -
     scalar = TensorSpec((), torch.float32)
     given = training.param_group
     group = {key: given.get(key, default) for key, default in _ADAMW.items()}
-    group["initial_lr"] = given.get("initial_lr", given.get("max_lr", group["lr"]))
+    group["initial_lr"] = given.get("initial_lr", group["lr"])
     return {
         "state": {i: {_STEP: scalar, **dict.fromkeys(MOMENTS, spec)} for i, spec in enumerate(specs)},
         "param_groups": [{**group, "params": list(range(len(specs)))}],

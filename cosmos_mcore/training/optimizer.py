@@ -51,6 +51,7 @@ def build_optimizer(config: RunConfig, model: list[DistributedDataParallel]) -> 
         # Megatron finds a checkpoint's groups by these numbers, so that a run could not be resumed with another rate.
         for name in ("max_lr", "min_lr"):
             group.pop(name, None)
+        group["initial_lr"] = settings.lr  # torch's name, for the original's files
     return optimizer
 
 
