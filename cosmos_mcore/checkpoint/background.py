@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -56,7 +57,7 @@ class SaveResult:
         iteration: of the checkpoint.
         path: its folder.
         errors: one line per rank that failed; empty if the checkpoint is complete on disk.
-        blocked_seconds: time that training stood still for it, on this rank.
+        blocked_seconds: time that training stood still for it, on this rank: its host, and its GPU for the copies.
         total_seconds: from its start until it was complete on disk.
         num_bytes: written by all ranks.
         host_bytes: host memory that this rank keeps for saves.
@@ -111,6 +112,10 @@ class BackgroundSave:
         """To be called before GPU work that changes weights or optimizer state."""
         self._host.fence()
 
+    def prepare(self, plan: Plan, added: Sequence[Box]) -> None:
+        """Gets the host memory for saves of the same size as this plan."""
+        self._host.reserve(_tensors([*plan.boxes, *added]))
+
     def start(self, iteration: int, plan: Callable[[], tuple[Plan, list[Box]]]) -> SaveResult | None:
         """Copies this rank's share and starts writing. All ranks.
 
@@ -132,8 +137,7 @@ class BackgroundSave:
         self._plan, added = plan()
         megatrons = len(self._plan.boxes)
         boxes = [*self._plan.boxes, *added]
-        tensors = [box.data.contiguous() for box in boxes] + [box.lower for box in boxes if box.lower is not None]
-        copies = iter(self._host.copy(tensors))
+        copies = iter(self._host.copy(_tensors(boxes)))
         boxes = [replace(box, data=next(copies)) for box in boxes]
         boxes = [box if box.lower is None else replace(box, lower=next(copies)) for box in boxes]
         share = _Share(_partial(final), boxes, self._plan.objects, megatrons)
@@ -167,7 +171,7 @@ class BackgroundSave:
             result.errors = [error] if error else []
         self._thread, self._plan, self._result = None, None, None
         result.total_seconds = time.perf_counter() - self._started
-        result.blocked_seconds += time.perf_counter() - began
+        result.blocked_seconds += time.perf_counter() - began + self._host.fenced_seconds()
         return result
 
     def wait(self) -> SaveResult | None:
@@ -306,6 +310,11 @@ class _Share:
             file.flush()
             os.fsync(file.fileno())
         return written
+
+
+def _tensors(boxes: Sequence[Box]) -> list[Tensor]:
+    """What has to be copied: the boxes' values, then the lower halves of those that have some."""
+    return [box.data.contiguous() for box in boxes] + [box.lower for box in boxes if box.lower is not None]
 
 
 def _num_threads() -> int:

@@ -151,7 +151,7 @@ def _boxes_of_state(
                 offsets=(*place[:prepended], *(a + b for a, b in zip(place[prepended:], offsets, strict=True))),
                 shape=(*(1 for _ in range(prepended)), *shape),
                 data=flat[position - start : position - start + count],
-                dtype=torch.float32,  # as Megatron stores them, whatever the optimizer keeps them in
+                dtype=torch.float32 if lower is not None else state.dtype,
                 lower=None if lower is None else lower.view(-1)[position - start : position - start + count],
             )
             position += count

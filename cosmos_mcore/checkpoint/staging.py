@@ -25,11 +25,19 @@ class HostCopy:
         self._locked = False
         self._stream: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
+        self._fence: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     @property
     def num_bytes(self) -> int:
         """Host memory in use, in bytes."""
         return self._memory.numel()
+
+    def reserve(self, tensors: Sequence[Tensor]) -> None:
+        """Gets the memory for ``copy`` ahead of it, since locking it takes seconds."""
+        distinct = {_name(tensor): tensor for tensor in tensors}.values()
+        total = sum(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in distinct)
+        if total > self._memory.numel():
+            self._allocate(total, any(tensor.is_cuda for tensor in tensors))
 
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Starts copying. The same memory is copied once, however often it occurs.
@@ -40,6 +48,7 @@ class HostCopy:
         Returns:
             The copies; complete after ``wait``.
         """
+        self.reserve(tensors)
         places: dict[tuple[int, int, torch.dtype], int] = {}
         sources, total = [], 0
         for tensor in tensors:
@@ -47,15 +56,13 @@ class HostCopy:
                 places[_name(tensor)] = total
                 sources.append(tensor)
                 total += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        on_gpu = any(tensor.is_cuda for tensor in tensors)
-        if total > self._memory.numel():
-            self._allocate(total, on_gpu)
 
         def copy_of(tensor: Tensor) -> Tensor:
             place = places[_name(tensor)]
             return self._memory[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
-        if on_gpu:
+        self._done = self._fence = None
+        if any(tensor.is_cuda for tensor in tensors):
             self._copy_on_stream([(tensor, copy_of(tensor)) for tensor in sources])
         else:
             for tensor in sources:
@@ -76,8 +83,20 @@ class HostCopy:
 
     def fence(self) -> None:
         """Lets GPU work that is started from now on wait for the copies; the host does not wait."""
-        if self._done is not None:
+        if self._done is not None and self._fence is None:
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
             torch.cuda.current_stream().wait_event(self._done)
+            after.record()
+            self._fence = before, after
+
+    def fenced_seconds(self) -> float:
+        """How long the GPU waited at the fence for the last copies; waits for that."""
+        if self._fence is None:
+            return 0.0
+        before, after = self._fence
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
 
     def wait(self) -> None:
         """Waits for the copies."""

@@ -38,6 +38,12 @@ class Saver:
         self._checked = False
         _before_update(run.optimizer, self._save.fence)
 
+    def prepare(self) -> None:
+        """Gets the host memory that GPUs copy to, before the first step, since that takes seconds."""
+        run = self._run
+        if run.device.type == "cuda" and run.config.parallel.use_distributed_optimizer:
+            self._save.prepare(*plan_checkpoint(run.chunks, run.optimizer, asdict(run.progress)))
+
     def flags(self) -> tuple[int, int]:
         """What this rank has to say before the next ``update``: its part is not done; it is time for another try."""
         waiting = self._save.busy and not self._save.part_done()

@@ -109,6 +109,8 @@ class Trainer:
         """
         for callback in self.callbacks:
             callback.on_train_start(self.progress.iteration)
+        if self.progress.iteration < self.config.training.train_iters:
+            self.saver.prepare()
         self.watch.restart()
         try:
             reason = self._loop(self.config.training.train_iters, self.config.checkpoint.save_interval)
