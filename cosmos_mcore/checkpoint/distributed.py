@@ -20,6 +20,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
@@ -99,6 +100,8 @@ def plan_checkpoint(
     spread = distributed_optimizers(optimizer)
     boxes = [box for one in spread for box in optimizer_boxes(one, _models(state))]
     with ExitStack() as stack:
+        # Megatron collects garbage after its copies, which are not made here: training would wait for that most of all.
+        stack.enter_context(mock.patch.object(distrib_optimizer, "gc"))
         for one in spread:  # Megatron would gather these tensors on every rank
             stack.enter_context(mock.patch.object(one, "sharded_param_state_fully_reshardable", lambda *_: {}))
         state["optimizer"] = _optimizer_state(optimizer, state, is_loading=False)
