@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CODE := $(wildcard cosmos_mcore examples scripts benchmarks tests)
 MAX_LINES := 450
 
-.PHONY: help setup demo test test-layouts test-gpu check format bench clean
+.PHONY: help setup demo test test-layouts test-slurm test-soak test-gpu check format bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -35,6 +35,12 @@ test: setup ## the tests that need no GPU
 test-layouts: setup ## every parallel layout against one process (slow)
 	$(RUN) -m pytest -q -m layouts
 
+test-slurm: setup ## the batch file on two SLURM nodes on this machine: root, apt-get install slurm-wlm munge (slow)
+	$(RUN) -m pytest -q -m slurm tests/training/test_slurm.py
+
+test-soak: setup ## 20 kills at random moments, and 5,000 steps with an eye on memory, files and threads (slow)
+	$(RUN) -m pytest -q -m soak tests/training/test_soak.py
+
 test-gpu: setup ## the tests that need GPUs
 	$(RUN) -m pytest -q tests/gpu
 
@@ -43,6 +49,8 @@ check: setup ## style, types, import rules, length of modules
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-logo
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/slurm/* scripts/container/* .ci/run; fi
+	@if command -v hadolint >/dev/null; then hadolint Dockerfile; fi
 	@find $(CODE) -name '*.py' -exec awk \
 	  'FNR == $(MAX_LINES) + 1 {print FILENAME ": longer than $(MAX_LINES) lines; split it"; long = 1} END {exit long}' {} +
 

@@ -1,7 +1,6 @@
 """The run's own checkpoints: Megatron's distributed format, which any parallel layout can load.
 
-A checkpoint is written beside its final place and moved there when all ranks are done, and ``latest_checkpoint.txt`` is
-replaced after that, so whatever interrupts a save, the newest complete checkpoint stays valid.
+Writing is the work of ``background.py``; here are what to write, and loading.
 """
 
 from __future__ import annotations
@@ -10,23 +9,26 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from unittest import mock
 
 import megatron.core
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cosmos_mcore.checkpoint.megatron_writer import writing_in_this_process
-from cosmos_mcore.checkpoint.pointer import LATEST, checkpoint_name, is_distributed, latest_checkpoint
+from cosmos_mcore.checkpoint.background import BackgroundSave
+from cosmos_mcore.checkpoint.megatron_plan import Plan, plan_save
+from cosmos_mcore.checkpoint.pieces import Box, distributed_optimizers, optimizer_boxes
+from cosmos_mcore.checkpoint.pointer import complete_checkpoints, is_distributed, iteration_of, latest_checkpoint
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     progress: dict[str, Any],
 ) -> Path:
-    """Writes ``folder/iter_{iteration}`` from all ranks and moves ``latest_checkpoint.txt`` on.
+    """Writes ``folder/iter_{iteration}`` from all ranks, moves ``latest_checkpoint.txt`` on and returns then.
 
     Args:
         folder: the run's ``checkpoints`` folder.
@@ -70,34 +72,57 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: if it cannot be written.
     """
-    final = folder / checkpoint_name(iteration)
-    partial = folder / f"{final.name}.incomplete"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    save = BackgroundSave(folder)
+    result = save.start(iteration, lambda: plan_checkpoint(chunks, optimizer, progress)) or save.wait()
+    assert result is not None
+    save.close()
+    if result.errors:
+        raise OSError(f"{result.path} cannot be written: {'; '.join(result.errors)}")
+    return result.path
+
+
+def plan_checkpoint(
+    chunks: Sequence[CosmosARModel], optimizer: MegatronOptimizer, progress: dict[str, Any], check: bool = True
+) -> tuple[Plan, list[Box]]:
+    """What this rank has to store: all of it, with a part that Megatron's own list lacks. All ranks; nothing is copied.
+
+    Args:
+        chunks: this rank's model chunks.
+        optimizer: its optimizer.
+        progress: plain numbers to come back from ``load_checkpoint``.
+        check: let Megatron check the split over ranks, which depends on the layout only.
+    """
     state = {"progress": dict(progress), **_model_state(chunks)}
-    state["optimizer"] = _optimizer_state(optimizer, state, is_loading=False)
-    with writing_in_this_process():
-        dist_checkpointing.save(state, str(partial))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _write_latest(folder, final.name)
-    dist.barrier()
-    return final
+    spread = distributed_optimizers(optimizer)
+    boxes = [box for one in spread for box in optimizer_boxes(one, _models(state))]
+    with ExitStack() as stack:
+        # Megatron collects garbage after its copies, which are not made here: training would wait for that most of all.
+        stack.enter_context(mock.patch.object(distrib_optimizer, "gc"))
+        for one in spread:  # Megatron would gather these tensors on every rank
+            stack.enter_context(mock.patch.object(one, "sharded_param_state_fully_reshardable", lambda *_: {}))
+        state["optimizer"] = _optimizer_state(optimizer, state, is_loading=False)
+    return plan_save(state, check), boxes
 
 
-def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Deletes all but the newest ``keep`` complete checkpoints, never the one that ``latest_checkpoint.txt`` names."""
+def remove_old_checkpoints(folder: Path, keep: int, keep_every: int | None = None) -> None:
+    """Deletes old checkpoints that are complete, never the one that ``latest_checkpoint.txt`` names.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        keep: how many of the newest stay.
+        keep_every: those of its multiples stay, too.
+    """
     latest = latest_checkpoint(folder)
-    complete = sorted(path for path in folder.glob("iter_*[0-9]") if is_distributed(path))
-    for path in complete[:-keep]:
-        if path != latest:
-            shutil.rmtree(path)
+    for path in complete_checkpoints(folder)[:-keep]:
+        if path != latest and not (keep_every and iteration_of(path) % keep_every == 0):
+            # Under another name it is no checkpoint any more, however far the removal gets.
+            doomed = path.with_name(path.name + ".removed")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
             logger.info("removed old checkpoint %s", path)
 
 
@@ -168,9 +193,13 @@ def _own_fp8_state() -> Iterator[None]:
             os.environ[name] = before
 
 
+def _models(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in state.items() if name.startswith("model")}
+
+
 def _optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], is_loading: bool) -> Any:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    models = {name: part for name, part in model_state.items() if name.startswith("model")}
+    models = _models(model_state)
     # Megatron looks up parameters in one flat dict, or in one dict per chunk.
     return optimizer.sharded_state_dict(
         models if len(models) > 1 else models["model0"],
@@ -201,23 +230,3 @@ def _one_line(path: Path) -> Iterator[None]:
             f"checkpoint {path} cannot be loaded into this model with megatron-core {megatron.core.__version__}: "
             f"{detail}"
         ) from error
-
-
-def _write_latest(folder: Path, name: str) -> None:
-    temporary = folder / f"{LATEST}.incomplete"
-    with open(temporary, "w") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / LATEST)
-    _flush(folder)
-
-
-def _flush(folder: Path) -> None:
-    """Asks the file system to put the folder's files and entries on disk."""
-    for path in (*(p for p in folder.iterdir() if p.is_file()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

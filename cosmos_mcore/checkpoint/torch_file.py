@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -100,22 +100,27 @@ class TorchFileWriter:
     Use as a context manager; the file is complete when the block ends.
     """
 
-    def __init__(self, path: Path, structure: Any) -> None:
+    def __init__(self, path: Path | _Inside, structure: Any) -> None:
         """Starts the file.
 
         Args:
-            path: the file to write.
+            path: the file to write; or a place in an open one.
             structure: nested containers with a ``TensorSpec`` in the place of each tensor.
         """
         self._expected: list[TensorSpec] = []
         self._next = 0
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file: Any = path if isinstance(path, _Inside) else open(path, "wb")  # noqa: SIM115 - closed by __exit__
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         pickled = io.BytesIO()
         pickler = _StructurePickler(pickled, self._expected)
         pickler.dump(structure)
         self._record("data.pkl", pickled.getvalue())
         self._record("byteorder", b"little")
+
+    @classmethod
+    def inside(cls, file: IO[bytes], tensor: Tensor) -> TorchFileWriter:
+        """Starts an archive at the present place of an open file, for one tensor, which ``write`` is given next."""
+        return cls(_Inside(file), TensorSpec(tuple(tensor.shape), tensor.dtype))
 
     def write(self, tensor: Tensor) -> None:
         """Appends the next tensor, in the order in which the structure names them."""
@@ -149,6 +154,26 @@ class TorchFileWriter:
         info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # as torch pads
         with self._archive.open(info, "w") as record:
             record.write(data)
+
+
+class _Inside:
+    """A file that begins at the present place of another one."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._start = file, file.tell()
+        self.write, self.flush = file.write, file.flush
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset + (self._start if whence == 0 else 0), whence) - self._start
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """The other file stays open."""
 
 
 class _Storage:

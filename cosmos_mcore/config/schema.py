@@ -80,6 +80,7 @@ class DataConfig:
     decode_timeout: PositiveFloat = 60.0  # seconds after which the decoding of a clip is given up and its file skipped
     token_cache: NonEmptyStr | None = "auto"  # folder that keeps ids; auto: below the run's folder; null: nowhere
     token_cache_gb: PositiveFloat = 100.0  # its largest size; beyond it, what was used longest ago is deleted
+    validation_path: NonEmptyStr | NonEmptyList | None = None  # videos that are never trained on; None: no validation
 
 
 @dataclass
@@ -143,6 +144,10 @@ class TrainingConfig:
     global_batch_size: PositiveInt = 1
     micro_batch_size: PositiveInt = 1
     seed: NonNegativeInt = 0
+    exit_duration_minutes: PositiveFloat | None = None  # from the start of the process until it saves and exits
+    eval_interval: PositiveInt = 1000  # steps between two validations, if there is a data.validation_path
+    eval_iters: PositiveInt = 10  # batches of a validation, always the same ones
+    max_nan_iterations: PositiveInt = 10  # steps in a row with a loss or gradient that is not finite, that end the run
 
 
 @dataclass
@@ -153,6 +158,9 @@ class CheckpointConfig:
     save_interval: PositiveInt = 1000
     keep: PositiveInt | None = None  # newest checkpoints that stay on disk; None: all
     export_original: bool = False  # also write the original's files beside each checkpoint
+    keep_every: PositiveInt | None = None  # checkpoints at multiples of this iteration stay, whatever ``keep`` says
+    max_save_failures: PositiveInt = 5  # failed saves in a row (disk full, folder gone) that end the run
+    retry_seconds: NonNegativeFloat = 60.0  # from a failed save to the next try
 
 
 @dataclass
@@ -163,6 +171,11 @@ class LoggingConfig:
     tensorboard: bool = True
     wandb_project: NonEmptyStr | None = None
     progress_bar: bool = True  # only drawn on a terminal
+    teacher_forcing_interval: PositiveInt | None = None  # steps between two pictures of predicted clips; None: none
+    profile_step_start: NonNegativeInt | None = None  # first step recorded by torch's profiler; None: none
+    profile_step_end: NonNegativeInt | None = None  # first step not recorded any more
+    profile_ranks: list[NonNegativeInt] = field(default_factory=lambda: [0])  # whose steps are recorded
+    straggler_interval: PositiveInt | None = None  # steps between two comparisons of the ranks' speed; None: none
 
 
 @dataclass

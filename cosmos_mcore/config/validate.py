@@ -29,6 +29,13 @@ def validate(config: RunConfig) -> None:
     _check_precision(config)
     _check_schedule(config)
     _check_batch(config)
+    start, end = config.logging.profile_step_start, config.logging.profile_step_end
+    if (start is None) != (end is None) or (start is not None and end is not None and start >= end):
+        raise ValueError(
+            "logging.profile_step_start and logging.profile_step_end go together, the second larger than the first"
+        )
+    if config.checkpoint.keep_every is not None and config.checkpoint.keep is None:
+        raise ValueError("checkpoint.keep_every needs checkpoint.keep; without it all checkpoints stay")
 
 
 def _check_tokenizer(config: RunConfig) -> None:

@@ -71,6 +71,16 @@ class ClipTokens:
             self.cache.add(key, ids)
         return ids
 
+    def video(self, clip: Clip) -> Tensor:
+        """Frames [3, T, H, W] float32 in [-1, 1] on the device, as the tokenizer gets them.
+
+        Raises:
+            UnreadableVideoError: if the clip cannot be decoded, or only its ids are kept.
+        """
+        if clip.content is not None:
+            raise UnreadableVideoError("only its ids are kept")
+        return normalize(self._decoder.decode(clip).to(self._device))
+
     def close(self) -> None:
         """Ends the decoder and closes the cache's files."""
         self._decoder.close()

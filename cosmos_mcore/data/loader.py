@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -19,12 +20,13 @@ from cosmos_mcore.config.derived import VideoLayout
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.clip_tokens import build_clip_tokens
 from cosmos_mcore.data.exchange import Exchange
-from cosmos_mcore.data.index import ClipIndex, SkippedFile
+from cosmos_mcore.data.index import Clip, ClipIndex, SkippedFile
 from cosmos_mcore.data.mp4 import UnreadableVideoError
 from cosmos_mcore.data.sampler import ClipSampler
 from cosmos_mcore.tokenizer.base import VideoTokenizer
 
 _CLOSE_SECONDS = 10.0
+_POLL_SECONDS = 0.002
 
 
 @dataclass
@@ -142,6 +144,32 @@ class ClipLoader:
     def ready_steps(self) -> int:
         """Steps whose ids lie ready at this moment."""
         return self._shared.qsize()
+
+    @property
+    def num_clips(self) -> int:
+        """Clips to choose from."""
+        return len(self._clips)
+
+    def ready(self, seconds: float = 0.0) -> bool:
+        """Whether ``next`` would not have to wait; waits for the next step's ids up to ``seconds``."""
+        deadline = time.monotonic() + seconds
+        while not self.ready_steps:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def clip_at(self, position: int) -> Clip:
+        """The clip at a position of the run's stream of samples; not its replacement, if it could not be read."""
+        return self._clips[self._sampler.clip_indices(position, 1)[0]]
+
+    def video(self, clip: Clip) -> Tensor:
+        """Frames [3, T, H, W] float32 in [-1, 1] on the device, as the tokenizer gets them.
+
+        Raises:
+            UnreadableVideoError: if the clip cannot be decoded, or only its ids are kept.
+        """
+        return self._clip_tokens.video(clip)
 
     def drain_skipped(self) -> list[SkippedFile]:
         """The files that this rank found unusable since the last call."""

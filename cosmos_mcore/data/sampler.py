@@ -44,6 +44,17 @@ class ClipSampler:
         return int(self._orders.get(epoch, self.num_clips)[within])
 
 
+class RoundSampler(ClipSampler):
+    """The first ``length`` positions of a ``ClipSampler``, again and again."""
+
+    def __init__(self, num_clips: int, seed: int, length: int) -> None:
+        super().__init__(num_clips, seed)
+        self._length = length
+
+    def _clip_at(self, position: int) -> int:
+        return super()._clip_at(position % self._length)
+
+
 class WeightedSampler(ClipSampler):
     """A stream in which each source has a given share, and passes through its own clips epoch after epoch.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import traceback
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cosmos_mcore.parallel.launch import die_with_parent, is_rank_zero
+from cosmos_mcore.parallel.launch import die_with_parent, is_rank_zero, launched
 
 USER_ERROR = 2
 
@@ -25,6 +26,12 @@ def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None 
         code = 130
     except Exception as error:
         code = report_error(error)
+        if launched():
+            # Threads of the run may be within C++ code, which Python's way to end aborts with a message of its own.
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     sys.exit(code)
 
 
@@ -33,7 +40,9 @@ def report_error(error: Exception) -> int:
 
     One line where our own code has raised a ``ValueError``, which it does for users' mistakes; else the traceback.
     """
-    if not is_rank_zero():
+    if lost_peer(error):
+        time.sleep(10)  # the launcher ends this rank meanwhile, and the lost one has told why
+    elif not is_rank_zero():
         # Most errors hit all ranks alike. Rank 0 speaks, and its launcher ends the others meanwhile; a rank that failed
         # alone speaks for itself.
         time.sleep(10)
@@ -42,6 +51,15 @@ def report_error(error: Exception) -> int:
         return USER_ERROR
     traceback.print_exception(error)
     return 1
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone; that one has the true reason."""
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
+    return any(sign in text for sign in signs)
 
 
 def configure_logging() -> None:

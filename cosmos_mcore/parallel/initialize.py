@@ -16,6 +16,7 @@ from cosmos_mcore.config.schema import ParallelConfig
 from cosmos_mcore.parallel import cpu_mode
 
 _replica_group: dist.ProcessGroup | None = None
+_control_group: dist.ProcessGroup | None = None
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
@@ -51,7 +52,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
         context_parallel_size=parallel.context_parallel_size,
         create_gloo_process_groups=False,  # a second set of groups that only Megatron's older checkpoints need
     )
-    _make_replica_groups(timeout)
+    _make_groups(timeout)
     # Nothing in training draws random numbers (no dropout; weights and clips have generators of their own), so the
     # seeds only matter to user callbacks.
     random.seed(seed)
@@ -61,12 +62,23 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
     return device
 
 
-def _make_replica_groups(timeout: timedelta) -> None:
-    """Groups the ranks that hold one model replica: equal data-parallel rank, any TP, PP, CP rank.
+def _make_groups(timeout: timedelta) -> None:
+    """Groups the ranks that hold one model replica: equal data-parallel rank, any TP, PP, CP rank; and all hosts.
 
     Through gloo, on CPUs: the loader's threads send ids while training has the GPUs and their groups for itself.
     """
-    global _replica_group
+    global _replica_group, _control_group
+    _replica_group = new_replica_group(timeout)
+    _control_group = dist.new_group(timeout=timeout, backend=_host_backend())
+
+
+def _host_backend() -> str | None:
+    # In a dry run, one process plays all ranks and has no one to talk to.
+    return None if dist.get_backend() == "fake" else "gloo"
+
+
+def new_replica_group(timeout: timedelta) -> dist.ProcessGroup:
+    """Another group of this rank's replica, for the threads of one loader. All ranks."""
     # Megatron numbers ranks with TP fastest, then CP, then DP, then PP.
     inner = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
     replicas = data_parallel_world_size()
@@ -74,10 +86,16 @@ def _make_replica_groups(timeout: timedelta) -> None:
     assert replica_of[dist.get_rank()] == data_parallel_rank()
     for replica in range(replicas):
         members = [rank for rank, of in enumerate(replica_of) if of == replica]
-        # In a dry run, one process plays all ranks and has no one to talk to.
-        group = dist.new_group(members, timeout, backend=None if dist.get_backend() == "fake" else "gloo")
+        group = dist.new_group(members, timeout, backend=_host_backend())
         if replica_of[dist.get_rank()] == replica:
-            _replica_group = group
+            mine = group
+    return mine
+
+
+def control_group() -> dist.ProcessGroup:
+    """All ranks, on gloo: for what the hosts agree on, so that no GPU has to wait for it."""
+    assert _control_group is not None, "initialize() comes first"
+    return _control_group
 
 
 def replica_group() -> dist.ProcessGroup:
@@ -98,8 +116,8 @@ def data_parallel_world_size() -> int:
 
 def shut_down() -> None:
     """Leaves all process groups, so that ``initialize`` can be called again."""
-    global _replica_group
+    global _replica_group, _control_group
     parallel_state.destroy_model_parallel()
-    _replica_group = None
+    _replica_group = _control_group = None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -9,10 +10,14 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import psutil
+
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.parallel.layout import model_parallel_size
 
 logger = logging.getLogger(__name__)
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def world_size() -> int:
@@ -23,6 +28,11 @@ def world_size() -> int:
 def is_rank_zero() -> bool:
     """Whether this process is the one that speaks for the run."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def launched() -> bool:
+    """Whether torchrun, or this module, has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def processes_to_start(config: RunConfig) -> int:
@@ -73,19 +83,33 @@ def run_processes(count: int, command: Sequence[str]) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    if hasattr(launch, "signals_to_handle"):
+        # Without this the launcher itself would end at SIGTERM, and kill the ranks half a minute later.
+        launch.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+        for number in _PASSED_ON:
+            signal.signal(number, _pass_on)
     try:
         elastic_launch(launch, sys.executable)(*command)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
 
 
+def _pass_on(number: int, frame: object) -> None:
+    """Sends the ranks a signal that this process has got; they decide what to do."""
+    for rank in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+
+
 def die_with_parent() -> None:
     """Asks Linux to kill this rank when its launcher dies, even by ``kill -9``: no process is left behind."""
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+    if sys.platform != "linux" or not launched():
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

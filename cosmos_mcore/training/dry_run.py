@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cosmos_mcore.checkpoint.pointer import latest_checkpoint
+from cosmos_mcore.checkpoint.pointer import candidates
 from cosmos_mcore.config.derived import derive_video_layout, run_dir
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import index_clips
@@ -39,8 +39,8 @@ def dry_run(config: RunConfig) -> str:
     with torch.device("meta"):
         chunks = build_model(config, arch, layout, torch.device("meta"))
     of_rank = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-    latest = latest_checkpoint(run_dir(config) / "checkpoints")
-    start = f"resume from {latest}" if latest else config.checkpoint.load or "new weights"
+    found = candidates(run_dir(config) / "checkpoints")
+    start = f"resume from {found[0]}" if found else config.checkpoint.load or "new weights"
     groups.shut_down()
     lines = {
         "parameters": f"{num_parameters(arch):,} ({of_rank:,} on rank 0)",

@@ -7,6 +7,13 @@ import math
 from cosmos_mcore.checkpoint.names import original_shapes
 from cosmos_mcore.model.presets import ModelArch
 
+_PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}  # dense bf16 TFLOP/s, by NVIDIA's data sheets
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """What a GPU can do in bf16, whatever the run computes in; None if it is not known."""
+    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+
 
 def num_parameters(arch: ModelArch, with_embedding: bool = True) -> int:
     """Parameters of the whole model, with or without the input embedding."""

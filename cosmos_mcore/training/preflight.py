@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
-from cosmos_mcore.checkpoint.pointer import latest_checkpoint
+from cosmos_mcore.checkpoint.pointer import candidates
 from cosmos_mcore.config.derived import data_parallel_size, derive_video_layout, num_microbatches, run_dir
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import find_files
@@ -50,7 +51,9 @@ def preflight(config: RunConfig, world_size: int) -> None:
     if not is_cache(config.data.path):
         find_files(config.data)
     _check_tokenizer(config)
-    if latest_checkpoint(run_dir(config) / "checkpoints") is None:
+    if config.data.validation_path is not None:
+        find_files(replace(config.data, path=config.data.validation_path))
+    if not candidates(run_dir(config) / "checkpoints"):
         _check_start(config.checkpoint.load)
     _check_writable(run_dir(config))
 

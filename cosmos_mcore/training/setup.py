@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,18 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from cosmos_mcore.checkpoint.distributed import load_checkpoint
 from cosmos_mcore.checkpoint.load import initialize_weights, load_any_weights
-from cosmos_mcore.checkpoint.pointer import latest_checkpoint
+from cosmos_mcore.checkpoint.resume import resume
 from cosmos_mcore.config.derived import VideoLayout, derive_video_layout, num_microbatches, run_dir
-from cosmos_mcore.config.schema import RunConfig
+from cosmos_mcore.config.schema import DataConfig, RunConfig
 from cosmos_mcore.data.index import ClipIndex, index_clips
 from cosmos_mcore.data.loader import ClipLoader
-from cosmos_mcore.data.sampler import ClipSampler, WeightedSampler
+from cosmos_mcore.data.sampler import ClipSampler, RoundSampler, WeightedSampler
 from cosmos_mcore.model.builder import build_model
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.model.presets import ModelArch, resolve_arch
 from cosmos_mcore.parallel import initialize as groups
+from cosmos_mcore.tokenizer.base import VideoTokenizer
 from cosmos_mcore.tokenizer.build import build_tokenizer
 from cosmos_mcore.training.gradients import mark_overwritten_gradients
 from cosmos_mcore.training.optimizer import build_optimizer
@@ -56,6 +57,8 @@ class Run:
     model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     progress: Progress
+    tokenizer: VideoTokenizer
+    validation: ClipLoader | None
 
     @property
     def checkpoints(self) -> Path:
@@ -74,23 +77,59 @@ def set_up(config: RunConfig) -> Run:
     arch = resolve_arch(config.model)
     layout = derive_video_layout(config, arch.text_to_video)
     device = groups.initialize(config.parallel, config.training.seed)
-    index = _shared_index(config)
+    index = _shared_index(config.data)
     tokenizer = build_tokenizer(config, device)
     chunks, model, optimizer = build_trainable(config, arch, layout, device)
     progress = load_start(config, arch, chunks, optimizer)
-    loader = ClipLoader(
+    loader = _loader(
+        config, index, _sampler(config, index), tokenizer, layout, device, groups.replica_group(),
+        progress.consumed_samples,
+    )  # fmt: skip
+    validation = _validation_loader(config, tokenizer, layout, device)
+    return Run(config, arch, layout, device, loader, chunks, model, optimizer, progress, tokenizer, validation)
+
+
+def _validation_loader(
+    config: RunConfig, tokenizer: VideoTokenizer, layout: VideoLayout, device: torch.device
+) -> ClipLoader | None:
+    """An endless stream of validations, all of the same clips."""
+    if config.data.validation_path is None:
+        return None
+    config = replace(config, data=replace(config.data, path=config.data.validation_path, weights=None))
+    index = _shared_index(config.data)
+    length = eval_iters(config, len(index.clips)) * config.training.global_batch_size
+    sampler = RoundSampler(len(index.clips), config.training.seed, length)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    return _loader(config, index, sampler, tokenizer, layout, device, groups.new_replica_group(timeout))
+
+
+def eval_iters(config: RunConfig, num_clips: int) -> int:
+    """Batches of a validation: no more than it takes to see all its clips."""
+    return min(config.training.eval_iters, -(-num_clips // config.training.global_batch_size))
+
+
+def _loader(
+    config: RunConfig,
+    index: ClipIndex,
+    sampler: ClipSampler,
+    tokenizer: VideoTokenizer,
+    layout: VideoLayout,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    consumed_samples: int = 0,
+) -> ClipLoader:
+    return ClipLoader(
         index,
-        _sampler(config, index),
+        sampler,
         tokenizer,
         config,
         layout,
         data_parallel_rank=groups.data_parallel_rank(),
         data_parallel_size=groups.data_parallel_world_size(),
-        replica_group=groups.replica_group(),
+        replica_group=group,
         device=device,
-        consumed_samples=progress.consumed_samples,
+        consumed_samples=consumed_samples,
     )
-    return Run(config, arch, layout, device, loader, chunks, model, optimizer, progress)
 
 
 def build_trainable(
@@ -138,10 +177,9 @@ def load_start(
     Raises:
         ValueError: if what is to be loaded cannot be.
     """
-    latest = latest_checkpoint(run_dir(config) / "checkpoints")
-    if latest is not None:
-        logger.info("resuming from %s", latest)
-        return Progress(**load_checkpoint(latest, chunks, optimizer))
+    found = resume(run_dir(config) / "checkpoints", chunks, optimizer)
+    if found is not None:
+        return Progress(**found)
     if config.checkpoint.load is not None:
         logger.info("loading weights from %s", config.checkpoint.load)
         load_any_weights(Path(config.checkpoint.load), arch, chunks)
@@ -158,8 +196,8 @@ def _sampler(config: RunConfig, index: ClipIndex) -> ClipSampler:
     return WeightedSampler(index.source_sizes, config.data.weights, config.training.seed)
 
 
-def _shared_index(config: RunConfig) -> ClipIndex:
+def _shared_index(data: DataConfig) -> ClipIndex:
     """Rank 0 reads the folder for all ranks, so that they agree on it."""
-    box: list[Any] = [index_clips(config.data) if dist.get_rank() == 0 else None]
+    box: list[Any] = [index_clips(data) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]

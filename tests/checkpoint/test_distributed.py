@@ -30,7 +30,7 @@ def test_weights_and_optimizer_come_back(results):
     assert results["moved"]
     assert results["progress"] == {"iteration": 3, "consumed_samples": 0}
     assert all(results["restored"])
-    assert results["step counts of their own"]
+    assert set(results["steps"]) == {3}
 
 
 def test_weights_alone(results):
@@ -39,7 +39,7 @@ def test_weights_alone(results):
 
 def test_an_interrupted_save_leaves_the_last_complete_checkpoint(results):
     *interrupted, complete = results["interrupted"].values()
-    assert interrupted == ["iter_000000003"] * 3
+    assert interrupted == ["iter_000000003"] * 4
     assert complete == "iter_000000004"
 
 

@@ -180,10 +180,12 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 
 # Keys whose values must suit each other stay at their defaults here.
+TIED = ("checkpoint.keep_every", "logging.profile_step_start", "logging.profile_step_end")
 FREE = {
     key: kind
     for key, kind in leaf_kinds(RunConfig).items()
-    if key.partition(".")[0] in ("job", "optimizer", "checkpoint", "logging") or key in ("data.path", "precision.dtype")
+    if (key.partition(".")[0] in ("job", "optimizer", "checkpoint", "logging") and key not in TIED)
+    or key in ("data.path", "precision.dtype")
 }
 
 

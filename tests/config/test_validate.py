@@ -25,6 +25,19 @@ def test_types_of_a_config_made_in_code() -> None:
     assert mistake(config) == "training.train_iters=0 must be a whole number of at least 1"
 
 
+def test_keys_that_go_together() -> None:
+    config = RunConfig()
+    config.checkpoint.keep_every = 1000
+    assert "checkpoint.keep_every needs checkpoint.keep" in mistake(config)
+    config.checkpoint.keep = 3
+    config.logging.profile_step_start = 5
+    assert "go together" in mistake(config)
+    config.logging.profile_step_end = 5
+    assert "the second larger than the first" in mistake(config)
+    config.logging.profile_step_end = 6
+    validate(config)
+
+
 def test_batch_sizes() -> None:
     config = RunConfig()
     config.training.global_batch_size, config.training.micro_batch_size = 6, 4

@@ -1,6 +1,7 @@
 """Starting the processes of a run, and that they end together."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,7 +84,9 @@ def test_ranks_know_their_place_and_share_the_cores(launched):
 
 @pytest.mark.parametrize(("mode", "code"), [("fails", 3), ("is_killed", 128 + signal.SIGKILL)])
 def test_a_rank_that_ends_badly_ends_all(launched, mode, code):
-    assert launched(2, mode).end() == (code, "")
+    found, stderr = launched(2, mode).end()
+    assert found == code
+    assert re.fullmatch("error: rank . was killed by SIGKILL\n" if mode == "is_killed" else "", stderr)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -91,14 +91,20 @@ def copy(uninterrupted, tmp_path):
     return shutil.copytree(uninterrupted, tmp_path / "out" / "tests" / "small" / "run")
 
 
-def test_truncated_checkpoint_of_the_run_itself(command, small_yaml, copy):
-    for path in (copy / "checkpoints" / "iter_000000012").glob("*.distcp"):
+def truncate(checkpoint):
+    for path in checkpoint.glob("*.distcp"):
         os.truncate(path, path.stat().st_size // 2)
-    check_one_line(command(small_yaml, "training.train_iters=13"), "iter_000000012 cannot be loaded")
+
+
+def test_no_undamaged_checkpoint_of_the_run_itself(command, small_yaml, copy):
+    for checkpoint in (copy / "checkpoints").glob("iter_*"):
+        truncate(checkpoint)
+    check_one_line(command(small_yaml, "training.train_iters=13"), "iter_000000012 cannot be loaded", "is truncated")
 
 
 def test_latest_checkpoint_that_is_not_there(command, small_yaml, copy):
-    shutil.rmtree(copy / "checkpoints" / "iter_000000012")
+    for checkpoint in (copy / "checkpoints").glob("iter_*"):
+        shutil.rmtree(checkpoint)
     check_one_line(command(small_yaml), "latest_checkpoint.txt names iter_000000012", "delete it to start afresh")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cosmos_mcore.data.index import SkippedFile
+from cosmos_mcore.training.token_stats import Stats
 
 
 @dataclass
@@ -29,6 +30,11 @@ class StepReport:
         nan_iterations: steps with a loss that is not finite since the start of this process.
         skipped_files: files found unusable since the last report.
         resumed_from: iteration of the checkpoint this process started from, in its first report only.
+        mfu: ``tflops`` as part of what the GPU can do in bf16; None where that is not known.
+        memory_gib: largest memory of this rank: of the GPU, or of the process where there is none.
+        token_accuracy: part of the tokens whose most likely prediction is right, in this step; None: not measured.
+        frame_losses: mean cross entropy of each latent frame that is learnt, since the last report.
+        validation: the same numbers on videos that are not trained on, where they were measured after this step.
     """
 
     iteration: int
@@ -47,6 +53,11 @@ class StepReport:
     nan_iterations: int
     skipped_files: list[SkippedFile] = field(default_factory=list)
     resumed_from: int | None = None
+    mfu: float | None = None
+    memory_gib: float = 0.0
+    token_accuracy: float | None = None
+    frame_losses: list[float] = field(default_factory=list)
+    validation: Stats | None = None
 
 
 class Callback:

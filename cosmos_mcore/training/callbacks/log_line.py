@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cosmos_mcore.training.callbacks.base import Callback, StepReport
+from cosmos_mcore.training.token_stats import Stats
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,23 @@ def log_line(report: StepReport) -> str:
         f"grad norm: {report.grad_norm:.3f}",
         f"number of skipped iterations: {report.skipped_iterations:3d}",
         f"number of nan iterations: {report.nan_iterations:3d}",
+        f"memory (GiB): {report.memory_gib:.1f}",
     ]
+    if report.mfu is not None:
+        fields.append(f"MFU: {report.mfu:.3f}")
+    if report.token_accuracy is not None:
+        fields.append(f"token accuracy: {report.token_accuracy:.4f}")
+    fields += [f"lm loss of latent frame {i}: {loss:.4f}" for i, loss in enumerate(report.frame_losses, 1)]
     return f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(fields) + " |"
+
+
+def validation_line(iteration: int, stats: Stats) -> str:
+    """A validation in Megatron's words."""
+    fields = [f"validation loss at iteration {iteration}", f"lm loss value: {stats.loss:.6E}"]
+    fields.append(f"lm loss PPL: {math.exp(min(20.0, stats.loss)):.6E}")
+    if stats.token_accuracy is not None:
+        fields.append(f"token accuracy: {stats.token_accuracy:.4f}")
+    return " " + " | ".join(fields) + " |"
 
 
 class LogLine(Callback):
@@ -40,6 +57,8 @@ class LogLine(Callback):
     def on_report(self, report: StepReport) -> None:
         """Writes the line."""
         logger.info(log_line(report))
+        if report.validation is not None:
+            logger.info(validation_line(report.iteration, report.validation))
 
     def on_save(self, iteration: int, path: Path) -> None:
         """Names the checkpoint."""

@@ -12,8 +12,8 @@ from cosmos_mcore.training.callbacks.base import Callback, StepReport
 
 
 def metrics(report: StepReport) -> dict[str, float]:
-    """The numbers under Megatron's log names."""
-    return {
+    """The numbers under Megatron's log names; those that were not measured are left out."""
+    numbers = {
         "iteration": report.iteration,
         "consumed samples": report.consumed_samples,
         "elapsed time per iteration (ms)": report.step_seconds * 1e3,
@@ -27,7 +27,20 @@ def metrics(report: StepReport) -> dict[str, float]:
         "grad norm": report.grad_norm,
         "number of skipped iterations": report.skipped_iterations,
         "number of nan iterations": report.nan_iterations,
+        "memory (GiB)": report.memory_gib,
     }
+    if report.mfu is not None:
+        numbers["MFU"] = report.mfu
+    if report.token_accuracy is not None:
+        numbers["token accuracy"] = report.token_accuracy
+    numbers |= {f"lm loss of latent frame {i}": loss for i, loss in enumerate(report.frame_losses, 1)}
+    if report.validation is not None:
+        numbers["validation lm loss"] = report.validation.loss
+        assert report.validation.token_accuracy is not None
+        numbers["validation token accuracy"] = report.validation.token_accuracy
+        frames = enumerate(report.validation.frame_losses, 1)
+        numbers |= {f"validation lm loss of latent frame {i}": loss for i, loss in frames}
+    return numbers
 
 
 class MetricsFile(Callback):

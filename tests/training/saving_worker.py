@@ -1,0 +1,154 @@
+"""What the ranks of ``test_saving.py`` run: ``python -m tests.training.saving_worker FOLDER``."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch.distributed as dist
+
+from cosmos_mcore.checkpoint import background
+from cosmos_mcore.checkpoint.pointer import complete_checkpoints, iteration_of, latest_checkpoint
+from cosmos_mcore.checkpoint.resume import resume
+from cosmos_mcore.parallel.agreement import gather_to_all
+from cosmos_mcore.parallel.initialize import shut_down
+from cosmos_mcore.training.saving import Saver
+from cosmos_mcore.training.stopping import StopRequests
+from cosmos_mcore.training.trainer import Trainer
+from tests.parallel.layout_worker import set_up_without_clips, train
+from tests.parallel.layouts import BASE, config_of
+
+
+class Log:
+    """The errors and warnings of the package."""
+
+    def __init__(self):
+        self.lines = []
+        names = ("training.saving", "checkpoint.resume", "checkpoint.background")
+        for name in names:
+            module = sys.modules[f"cosmos_mcore.{name}"]
+            module.logger = mock.Mock()
+            module.logger.error = module.logger.warning = lambda text, *values: self.lines.append(text % values)
+
+    def drain(self):
+        found, self.lines = self.lines, []
+        return found
+
+
+def full_disk_on_rank_1(descriptor):
+    if dist.get_rank() == 1:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def step_and_update(run, saver):
+    """What the trainer does round a step."""
+    train(run, 1)
+    flags = [max(values) for values in zip(*gather_to_all(saver.flags()), strict=True)]
+    saver.update(*flags)
+
+
+def failures(run, log):
+    """Saves that fail in several ways, and what comes after."""
+    found, saved = {}, []
+    saver = Saver(run, lambda iteration, path: saved.append(iteration))
+    folder = run.checkpoints
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        folder.write_text("a file where the folder should be")
+    dist.barrier()
+    train(run, 1)
+    saver.save()
+    found["not a folder"] = (log.drain(), list(saved))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        folder.unlink()
+    dist.barrier()
+    time.sleep(0.1)  # retry_seconds is less
+    step_and_update(run, saver)
+    while saver._save.busy:
+        step_and_update(run, saver)
+    found["mended"] = (log.drain(), list(saved))
+
+    good = latest_checkpoint(folder).name
+    with mock.patch.object(background.os, "fsync", full_disk_on_rank_1):
+        train(run, 1)
+        saver.save()
+        saver._ended(saver._save.wait())
+    found["full disk"] = (log.drain(), list(saved), latest_checkpoint(folder).name == good)
+
+    with mock.patch.object(background, "write_latest", side_effect=OSError(errno.EROFS, "Read-only file system")):
+        try:
+            for _ in range(5):
+                saver.save()
+                saver._ended(saver._save.wait())
+        except ValueError as error:
+            found["limit"] = str(error)
+    log.drain()
+    return found
+
+
+def kept(run, log):
+    saver = Saver(run, lambda *_: None)
+    for _ in range(4):
+        train(run, 1)
+        saver.save()
+    saver.finish()
+    return [iteration_of(path) for path in complete_checkpoints(run.checkpoints)], run.progress.iteration, log.drain()
+
+
+def damaged(run, log):
+    """Flips a bit of the newest checkpoint and resumes."""
+    newest = latest_checkpoint(run.checkpoints)
+    before = complete_checkpoints(run.checkpoints)[-2]
+    if dist.get_rank() == 0:
+        file = newest / "__1_0.distcp"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
+    progress = resume(run.checkpoints, run.chunks, run.optimizer)
+    dist.barrier()  # rank 0 moves the folders
+    return {
+        "iteration": progress["iteration"] == iteration_of(before),
+        "named": latest_checkpoint(run.checkpoints) == before,
+        "aside": newest.with_name(newest.name + ".damaged").is_dir() and not newest.exists(),
+        "log": log.drain(),
+    }
+
+
+def stopped_while_waiting(run):
+    """A request to stop ends a wait for clips that never come, and what has been trained is saved."""
+    run.loader.ready = lambda seconds=0.0: dist.get_rank() == 0 and not time.sleep(seconds)
+    stops = StopRequests(run.checkpoints.parent, None)
+    with stops.listening():
+        if dist.get_rank() == 1:
+            threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+        trainer = Trainer(run, callbacks=[], stops=stops)
+        train(run, 1)
+        reason = trainer.train()
+    return reason.name, iteration_of(latest_checkpoint(run.checkpoints)) == run.progress.iteration
+
+
+def main(folder):
+    """Writes FOLDER/results.json."""
+    os.environ["OUTPUT_ROOT"] = str(folder)
+    config = config_of("dp2-distributed-optimizer")
+    config.checkpoint.retry_seconds, config.checkpoint.max_save_failures = 0.01, 3
+    config.checkpoint.keep, config.checkpoint.keep_every = 2, 5
+    run = set_up_without_clips(config, BASE)
+    log = Log()
+    results = {"failures": failures(run, log), "kept": kept(run, log), "damaged": damaged(run, log)}
+    results["stopped"] = stopped_while_waiting(run)
+    results["other folders"] = [p.name for p in run.checkpoints.iterdir() if p.suffix in (".incomplete", ".removed")]
+    if dist.get_rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    shut_down()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
