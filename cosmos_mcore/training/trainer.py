@@ -297,11 +297,7 @@ class Trainer:
 
     def _gather_skipped(self) -> list[SkippedFile]:
         """Files that any rank found unusable since the last report, each once in a run, on every rank."""
-        found = self.run.loader.drain_skipped()
-        if dist.get_world_size() > 1:
-            boxes: list[list[SkippedFile]] = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(boxes, found)
-            found = [file for box in boxes for file in box]
+        found = [file for box in gather_to_all(self.run.loader.drain_skipped()) for file in box]
         new = self.run.loader.name_skipped(found)
         for file in new if dist.get_rank() == 0 else ():
             logger.warning("skipped %s: %s", file.path, file.reason)
