@@ -25,6 +25,7 @@ FORMS = {
     "lean": {"precision.main_grads": "bf16", "precision.moments": "bf16"},
     "fp32": {"precision.dtype": "fp32"},
     "another rate": {"optimizer.lr": 2e-3},
+    "unsharded": {"parallel.use_distributed_optimizer": False},
 }
 
 
@@ -60,6 +61,20 @@ def whole(form):
     return parts, train(parts, 0, 6)
 
 
+def untouched_by_nan(form):
+    """Whether a step whose gradient is not finite leaves every weight as it was, and is known as such."""
+    config, layout, chunks, model, optimizer = parts = start(form)
+    initialize_weights(chunks, ARCH, seed=0)
+    chunks[0].output_layer.weight.data[3, 3] = float("nan")
+    optimizer.reload_model_params()
+    before = [parameter.clone() for parameter in chunks[0].parameters()]
+    ((_, norm),) = train(parts, 0, 1)
+    same = [
+        torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(before, chunks[0].parameters(), strict=True)
+    ]
+    return all(same) and norm != norm
+
+
 def main():
     """Writes all curves."""
     folder = Path(sys.argv[1])
@@ -77,6 +92,7 @@ def main():
         parts = start(form)
         load_checkpoint(folder / saved / "iter_000000003", parts[2], parts[4])
         curves[f"{saved} > {form}"] = train(parts, 3, 6)
+    curves["untouched by nan"] = {form: untouched_by_nan(form) for form in ("plain", "lean", "fp32", "unsharded")}
     (folder / "curves.json").write_text(json.dumps(curves))
     shut_down()
 

@@ -31,3 +31,8 @@ def test_lean_forms_learn_as_the_plain_one(curves):
     for loss, plain in zip(curves["lean"], curves["plain"], strict=True):
         assert loss[0] == pytest.approx(plain[0], rel=2e-3)
     assert curves["plain"][-1][0] < curves["plain"][0][0]
+
+
+@pytest.mark.parametrize("form", ["plain", "lean", "fp32", "unsharded"])
+def test_a_gradient_that_is_not_finite_changes_nothing(curves, form):
+    assert curves["untouched by nan"][form]
