@@ -73,12 +73,12 @@ def update(optimizer: MegatronOptimizer) -> Tensor:
     parts = _parts(optimizer)
     if not all(isinstance(part, DistributedOptimizer) for part in parts):
         (part,) = parts
-        part.prepare_grads()
+        optimizer.prepare_grads()
         clip_grad = part.config.clip_grad
         norm = part.clip_grad_norm(clip_grad) if clip_grad > 0 else part.get_grad_norm()
         if math.isfinite(norm):
-            part.step_with_ready_grads()
-        part.zero_grad()  # forgets the gradient buffers, which it has taken for gradients of its own
+            optimizer.step_with_ready_grads()
+        optimizer.zero_grad()  # forgets the gradient buffers, which it has taken for gradients of its own
         return torch.tensor([float(norm)], device=torch.cuda.current_device())
     optimizer.prepare_grads()
     norm = _grad_norm(parts)
