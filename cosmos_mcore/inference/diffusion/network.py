@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,15 +67,12 @@ class DiffusionNetwork(nn.Module):
         self.group = group
         width = size.channels
         patch_numbers = size.input_channels * PATCH**2
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Sequential(nn.Identity(), nn.Linear(patch_numbers, width, bias=False))
+        self.x_embedder = _Embedder(patch_numbers, width)
         self.token_embedder = nn.Embedding(size.vocab_size, size.token_channels)
         self.t_embedder = nn.Sequential(nn.Identity(), _NoiseLevel(width))
         self.affline_norm = nn.RMSNorm(width, eps=_EPS)
         self.blocks = nn.ModuleDict({f"block{number}": _Block(size, group) for number in range(size.blocks)})
-        self.final_layer = nn.Module()
-        self.final_layer.linear = nn.Linear(width, LATENT_CHANNELS * PATCH**2, bias=False)
-        self.final_layer.adaLN_modulation = _modulation(width, size.adaln_rank, 2)
+        self.final_layer = _FinalLayer(width, size.adaln_rank)
 
     def forward(
         self,
@@ -111,9 +109,7 @@ class DiffusionNetwork(nn.Module):
         rotary = self._rotary((frames, height, width), fps, weight.device)
         for block in self.blocks.values():
             x = block(x, text, level, lora, rotary)
-        parts = self.final_layer.adaLN_modulation(level) + lora[:, : 2 * self.size.channels]
-        shift, scale = parts[0].chunk(2)
-        x = self.final_layer.linear(_modulated_norm(x, shift, scale))
+        x = self.final_layer(x, level, lora)
         x = x.unflatten(2, (PATCH, PATCH, LATENT_CHANNELS)).unflatten(1, (frames, height, width))
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
@@ -130,7 +126,7 @@ class DiffusionNetwork(nn.Module):
         mask = mask[:, :, None].expand(batch, 1, frames, *fine)
         pixels = torch.cat([latent.expand(batch, -1, -1, -1, -1), ids, mask], dim=1)
         patches = pixels.unflatten(4, (width, PATCH)).unflatten(3, (height, PATCH))
-        return self.x_embedder.proj(patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3))
+        return self.x_embedder(patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3))
 
     def _rotary(self, shape: tuple[int, int, int], fps: float, device: torch.device) -> tuple[Tensor, Tensor]:
         head_dim = self.size.channels // self.size.heads
@@ -140,6 +136,17 @@ class DiffusionNetwork(nn.Module):
         cos, sin = rotary_table((frames * self.group.size(), cells[0], cells[1]), head_dim, fps, device)
         mine = slice(self.group.rank() * math.prod(shape), (self.group.rank() + 1) * math.prod(shape))
         return cos[mine], sin[mine]
+
+
+class _Embedder(nn.Module):
+    """Numbers of a patch to a position."""
+
+    def __init__(self, numbers: int, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(nn.Identity(), nn.Linear(numbers, channels, bias=False))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.proj(patches)
 
 
 class _NoiseLevel(nn.Module):
@@ -169,13 +176,9 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, text: Tensor, level: Tensor, lora: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Changes ``x`` [B, S, channels] in place and returns it."""
         to_itself, to_text, mlp = self.blocks
-        shift, scale, gate = to_itself.modulation(level, lora)
-        x.addcmul_(gate, to_itself.block.attn(_modulated_norm(x, shift, scale), rotary=rotary))
-        shift, scale, gate = to_text.modulation(level, lora)
-        told = x[: len(text)]
-        told.addcmul_(gate, to_text.block.attn(_modulated_norm(told, shift, scale), text))
-        shift, scale, gate = mlp.modulation(level, lora)
-        return x.addcmul_(gate, mlp.block(_modulated_norm(x, shift, scale)))
+        to_itself(x, level, lora, None, rotary)
+        to_text(x[: len(text)], level, lora, text)
+        return mlp(x, level, lora)
 
 
 class _Residual(nn.Module):
@@ -186,9 +189,10 @@ class _Residual(nn.Module):
         self.block = block
         self.adaLN_modulation = _modulation(size.channels, size.adaln_rank, 3)
 
-    def modulation(self, level: Tensor, lora: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale and gate [channels] each, from [1, channels] and [1, 3 * channels]."""
-        return (self.adaLN_modulation(level) + lora)[0].chunk(3)
+    def forward(self, x: Tensor, level: Tensor, lora: Tensor, *inputs: Any) -> Tensor:
+        """Adds to ``x`` [B, S, channels] in place; ``inputs`` are the part's own."""
+        shift, scale, gate = (self.adaLN_modulation(level) + lora)[0].chunk(3)
+        return x.addcmul_(gate, self.block(_modulated_norm(x, shift, scale), *inputs))
 
 
 class _Holder(nn.Module):
@@ -197,6 +201,9 @@ class _Holder(nn.Module):
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.attn = attention
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.attn(*inputs)
 
 
 class _Mlp(nn.Module):
@@ -207,6 +214,19 @@ class _Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer2(F.gelu(self.layer1(x)))
+
+
+class _FinalLayer(nn.Module):
+    """A position to the numbers of its patch."""
+
+    def __init__(self, channels: int, rank: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, LATENT_CHANNELS * PATCH**2, bias=False)
+        self.adaLN_modulation = _modulation(channels, rank, 2)
+
+    def forward(self, x: Tensor, level: Tensor, lora: Tensor) -> Tensor:
+        shift, scale = (self.adaLN_modulation(level) + lora[:, : 2 * x.size(-1)])[0].chunk(2)
+        return self.linear(_modulated_norm(x, shift, scale))
 
 
 def flops_per_call(size: DiffusionSize, positions: int, batch: int, with_text: int, text_rows: int) -> float:

@@ -14,14 +14,9 @@ from tests.processes import run_ranks
 RELEASED_PARAMETERS, RELEASED_TENSORS = 7.237e9, 568  # spec/inference.md section 6, without the list of positions
 
 
-@pytest.fixture(scope="module")
-def golden():
-    from tests.conftest import SHARED
-
-    path = SHARED / "golden" / "diffusion_decoder.pt"
-    if not path.is_file():
-        pytest.skip(f"the developers' golden file {path.name} is not beside this checkout")
-    return torch.load(path, weights_only=True)
+@pytest.fixture
+def golden(shared_dir):
+    return torch.load(shared_dir / "golden" / "diffusion_decoder.pt", weights_only=True)
 
 
 def test_released_size():
