@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _EPS = 1.0e-6
-# On Hopper, cuDNN's kernel is about twice as fast as the FlashAttention 2 that torch would choose. Transformer Engine
-# would call the same one.
+# cuDNN's kernel is made for Hopper; FlashAttention 2, which torch would choose by itself, is not.
 _KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
