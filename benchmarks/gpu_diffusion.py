@@ -40,8 +40,6 @@ def random_decoder(size: DiffusionSize, device: torch.device, group: Any, offloa
             parameter.fill_(1.0)
         else:
             parameter.normal_(std=parameter.size(-1) ** -0.5)
-    if offload:
-        network.cpu()
     tokenizer = Decoder(NetworkSize(spatial_compression=8, latent_channels=16))
     columns = torch.zeros(16, CHUNK), torch.ones(16, CHUNK)
     text = torch.randn(1, TEXT_ROWS, size.text_channels)
@@ -78,7 +76,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=33, help="1 + a multiple of 8")
     parser.add_argument("--height", type=int, default=640)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--offload", action="store_true", help="keep the network on the CPU between decodings")
+    parser.add_argument("--offload", action="store_true", help="park the network in CPU memory between decodings")
     args = parser.parse_args()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from cosmos_mcore.config.derived import TEMPORAL_COMPRESSION
 from cosmos_mcore.inference.diffusion.network import LATENT_CHANNELS, PATCH, DiffusionNetwork
 from cosmos_mcore.inference.diffusion.sampler import SIGMA_DATA, noise_generator, noise_levels, sample
 from cosmos_mcore.inference.diffusion.weights import TOKENIZER_FOLDER, check_files, read_network, read_text
+from cosmos_mcore.inference.offload import Parking
 from cosmos_mcore.tokenizer.cv8x8x8 import CHUNK, ContinuousDecoder
 
 OVERLAP = 2  # latent frames that a chunk shares with the one before it
@@ -26,11 +26,11 @@ class DiffusionDecoder:
     bfloat16 on GPUs, float32 elsewhere; the latent between the steps is float32 everywhere.
 
     Args:
-        network: in eval mode, with weights. With ``offload`` on the CPU, else on the device.
+        network: in eval mode, with weights, on the device.
         tokenizer: on the device.
         text_embedding: [1, M, 1024].
         device: where all is computed.
-        offload: the network is on the device only while ``decode`` runs.
+        offload: park the network in CPU memory while ``decode`` does not run.
     """
 
     def __init__(
@@ -46,8 +46,7 @@ class DiffusionDecoder:
         self.tokenizer = tokenizer
         self.text_embedding = text_embedding
         self.device = device
-        self.offload = offload
-        self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._parking = Parking(tuple(network.parameters())) if offload else None
 
     @classmethod
     def from_folder(
@@ -59,7 +58,7 @@ class DiffusionDecoder:
             folder: of released models, with one folder for the network and one for the continuous tokenizer.
             device: where all is computed.
             group: 1, 2, 4 or 8 ranks that share the work; all of them decode together and get all frames.
-            offload: leave the network in the file, mapped into memory, and copy it to the device for each ``decode``.
+            offload: park the network in CPU memory while ``decode`` does not run.
 
         Raises:
             ValueError: if a file is missing or damaged, or the ranks cannot share the work.
@@ -77,10 +76,9 @@ class DiffusionDecoder:
             network = DiffusionNetwork(size, group).requires_grad_(False).eval()
         network.load_state_dict(weights, assign=True)
         tokenizer = ContinuousDecoder.from_folder(folder / TOKENIZER_FOLDER, device)
-        decoder = cls(network, tokenizer, read_text(folder), device, offload=offload)
-        if not offload:
-            network.to(device, decoder._dtype)
-        return decoder
+        text = read_text(folder)
+        network.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return cls(network, tokenizer, text, device, offload=offload)
 
     @torch.no_grad()
     def decode(self, ids: Tensor, text_embedding: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -104,7 +102,7 @@ class DiffusionDecoder:
         ids = ids.to(self.device, torch.int64)
         generator = noise_generator(seed)
         shape = (1, LATENT_CHANNELS, CHUNK, PATCH * ids.size(1), PATCH * ids.size(2))
-        with self._network_on_device():
+        with self._parking.present() if self._parking is not None else nullcontext():
             latents: list[Tensor] = []
             starts = chunk_starts(len(ids))
             noise = torch.empty(0)
@@ -139,21 +137,6 @@ class DiffusionDecoder:
         parts = [torch.empty_like(latent) for _ in range(group.size())]
         dist.all_gather(parts, latent.contiguous(), group=group)
         return torch.cat(parts, dim=2)
-
-    @contextmanager
-    def _network_on_device(self) -> Iterator[None]:
-        """Copies the network to the device for the time of the block, if it is parked."""
-        if not self.offload:
-            yield
-            return
-        parked = self.network.state_dict()
-        self.network.to(self.device, self._dtype)
-        try:
-            yield
-        finally:
-            self.network.load_state_dict(parked, assign=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
 
     def _check(self, ids: Tensor, text: Tensor) -> Tensor:
         """Returns the text on the device."""

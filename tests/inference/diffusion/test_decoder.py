@@ -50,8 +50,7 @@ def test_offloading_changes_nothing(folder):
     expected = DiffusionDecoder.from_folder(folder, CPU).decode(some_ids(3), seed=1)
     for _ in range(2):
         assert torch.equal(parked.decode(some_ids(3), seed=1), expected)
-        # Between the calls the weights are as they lie in the file.
-        assert {parameter.dtype for parameter in parked.network.parameters()} == {torch.bfloat16}
+        assert all(not parameter.untyped_storage().nbytes() for parameter in parked.network.parameters())
 
 
 def test_long_clips_start_and_end_like_their_chunks(folder):
