@@ -51,8 +51,7 @@ def read_network(folder: Path) -> tuple[DiffusionSize, dict[str, Tensor]]:
         folder: of released models.
 
     Returns:
-        Size, and the tensors under the names of ``DiffusionNetwork``. They are mapped from the file, whose checksums
-        have been verified: the system keeps as much of them in memory as it has room for.
+        Size, and the tensors under the names of ``DiffusionNetwork``, mapped from the file, whose checksums fit.
 
     Raises:
         ValueError: if the file is damaged or not that of this network.

@@ -145,3 +145,12 @@ def test_files_of_something_else(tmp_path):
     torch.save({"iteration": 3}, folder / NETWORK_FOLDER / "model.pt")
     with pytest.raises(ValueError, match="holds more than named tensors"):
         DiffusionDecoder.from_folder(folder, CPU)
+
+
+def test_three_processes_are_refused(folder):
+    class Group:
+        def size(self):
+            return 3
+
+    with pytest.raises(ValueError, match="8 latent frames cannot be shared by 3 processes; start 1, 2, 4 or 8"):
+        DiffusionDecoder.from_folder(folder, CPU, Group())
