@@ -19,6 +19,7 @@ from cosmos_mcore.tokenizer.causal_layers import FrameNorm
 from cosmos_mcore.tokenizer.fsq import ids_to_codes, quantize
 from cosmos_mcore.tokenizer.jit_file import read_jit_weights
 from cosmos_mcore.tokenizer.networks import DV8X16X16, Decoder, Encoder, NetworkSize
+from cosmos_mcore.tokenizer.released_file import check_tensors
 
 ENCODER_FILE, DECODER_FILE = "encoder.jit", "decoder.jit"
 
@@ -94,7 +95,7 @@ class ReleasedTokenizer(VideoTokenizer):
         return quantize(self._encoder(video))
 
     def _load(self, path: Path, weights: Mapping[str, Tensor], network: nn.Module, device: torch.device) -> nn.Module:
-        _check_names(path, weights, network.state_dict())
+        check_tensors(path, "DV8x16x16", weights, network.state_dict())
         network.load_state_dict(weights)
         network.requires_grad_(False).eval()
         network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -195,17 +196,6 @@ def _load_jit(path: Path, device: torch.device) -> torch.jit.ScriptModule:
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is no complete TorchScript file ({str(error).splitlines()[0]})") from None
     return module.eval()
-
-
-def _check_names(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    for name in sorted({*found, *wanted}):
-        if name not in found:
-            raise ValueError(f"{path} has no tensor {name}; it is not the file of DV8x16x16")
-        if name not in wanted:
-            raise ValueError(f"{path} has a tensor {name} that DV8x16x16 does not know; it is another tokenizer's file")
-        if found[name].shape != wanted[name].shape:
-            shapes = f"{list(found[name].shape)}, not {list(wanted[name].shape)}"
-            raise ValueError(f"{path}: {name} has the shape {shapes}; it is another tokenizer's file")
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:

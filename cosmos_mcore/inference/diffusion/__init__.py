@@ -1,0 +1,1 @@
+"""The diffusion decoder: ids to sharp frames."""

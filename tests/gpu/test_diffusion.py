@@ -1,0 +1,57 @@
+"""The diffusion decoder on a GPU: float32 against the original's numbers, bfloat16, the compiled norm, offloading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosmos_mcore.inference.diffusion import attention
+from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder
+from tests.inference.diffusion.small import SMALL, golden_network, write_released
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+@torch.no_grad()
+def test_golden(shared_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, allowed: float) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    golden = torch.load(shared_dir / "golden" / "diffusion_decoder.pt", weights_only=True)
+    network = golden_network(golden).to(CUDA, dtype)
+    for case in golden["forward"]:
+        latent, tokens, text = (case[key].to(CUDA) for key in ("x", "tokens", "crossattn_emb"))
+        mask = case["padding_mask"].to(CUDA)
+        output = network(latent, tokens[0].long(), text, case["c_noise"], fps=case["fps"], padding_mask=mask)
+        difference = output.float().cpu() - case["output"]
+        worst, relative = difference.abs().max().item(), (difference.norm() / case["output"].norm()).item()
+        print(f"{case['name']} {dtype}: at most {worst:.1e} off, relative {relative:.1e}")
+        assert (worst if dtype == torch.float32 else relative) < allowed
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_compiled_norm(rows: int) -> None:
+    heads = torch.randn(rows, 300, 4, 128, device=CUDA, dtype=torch.bfloat16)
+    gain = torch.randn(128, device=CUDA, dtype=torch.bfloat16)
+    angles = torch.randn(300, 1, 64, device=CUDA)
+    for rotary in ((angles.cos(), angles.sin()), (None, None)):
+        made = attention._norm_function(True)(heads, gain, *rotary)
+        torch.testing.assert_close(made, attention._norm_heads(heads, gain, *rotary), atol=0.05, rtol=0.01)
+
+
+def test_decoder_and_offloading(tmp_path: Path) -> None:
+    folder = write_released(tmp_path)
+    ids = torch.randint(SMALL.vocab_size, (5, 2, 3))
+    exact = DiffusionDecoder.from_folder(folder, torch.device("cpu")).decode(ids)
+    decoder = DiffusionDecoder.from_folder(folder, CUDA)
+    video = decoder.decode(ids)
+    assert video.is_cuda and video.shape == exact.shape
+    error = ((video.cpu() - exact).norm() / exact.norm()).item()
+    print(f"bfloat16 frames are {error:.3f} off")
+    assert error < 0.1
+    parked = DiffusionDecoder.from_folder(folder, CUDA, offload=True)
+    torch.testing.assert_close(parked.decode(ids), video, atol=0.02, rtol=0)
+    assert all(not parameter.untyped_storage().nbytes() for parameter in parked.network.parameters())
