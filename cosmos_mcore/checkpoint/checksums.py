@@ -59,5 +59,6 @@ def _check_archive(data: bytes, file: Path) -> None:
                 with archive.open(name) as record:  # raises at its end if the checksum differs
                     while record.read(_PIECE):
                         pass
+    # zipfile raises the last two where damage makes a record look compressed in an unknown way, or encrypted.
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError):
         raise ValueError(f"{file} is damaged: its bytes do not match their checksum") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,18 +49,14 @@ class SkippedFile:
     reason: str
 
 
-class Clips(Sequence[Clip]):
-    """All clips of the usable files, by file and first frame; each made when asked for, as there may be millions."""
+class _ClipsOfFiles(Sequence[Clip]):
+    """Clips by file and place in it, each made when asked for, as there may be millions; ``_ends`` counts them up."""
 
-    def __init__(self, files: Sequence[tuple[str, int]], config: DataConfig) -> None:
-        """Takes (path, number of clips) of each file."""
-        self._paths = [path for path, _ in files]
-        self._ends = list(itertools.accumulate(count for _, count in files))
-        self._interval, self._stride, self._num_frames = (
-            config.start_frame_interval,
-            config.frame_stride,
-            config.num_frames,
-        )
+    _ends: list[int]
+
+    @abstractmethod
+    def _clip(self, file: int, within: int) -> Clip:
+        """One clip of a file."""
 
     def __len__(self) -> int:
         """Number of clips of all files."""
@@ -73,11 +70,27 @@ class Clips(Sequence[Clip]):
         """The clip with this number, or the clips of a slice."""
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        file, within = _locate(self._ends, number)
+        return self._clip(*_locate(self._ends, number))
+
+
+class Clips(_ClipsOfFiles):
+    """All clips of the usable files, by file and first frame."""
+
+    def __init__(self, files: Sequence[tuple[str, int]], config: DataConfig) -> None:
+        """Takes (path, number of clips) of each file."""
+        self._paths = [path for path, _ in files]
+        self._ends = list(itertools.accumulate(count for _, count in files))
+        self._interval, self._stride, self._num_frames = (
+            config.start_frame_interval,
+            config.frame_stride,
+            config.num_frames,
+        )
+
+    def _clip(self, file: int, within: int) -> Clip:
         return Clip(self._paths[file], within * self._interval, self._stride, self._num_frames)
 
 
-class CachedClips(Sequence[Clip]):
+class CachedClips(_ClipsOfFiles):
     """The clips whose ids a token cache has, by file and first frame."""
 
     def __init__(self, folder: Path, config: DataConfig) -> None:
@@ -99,19 +112,7 @@ class CachedClips(Sequence[Clip]):
         if not self._files:
             raise ValueError(f"data.path={folder}: this token cache is empty; fill it: scripts/tokenize_videos.py")
 
-    def __len__(self) -> int:
-        """Number of clips."""
-        return self._ends[-1]
-
-    @overload
-    def __getitem__(self, number: int) -> Clip: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Clip]: ...
-    def __getitem__(self, number: int | slice) -> Clip | list[Clip]:
-        """The clip with this number, or the clips of a slice."""
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        file, within = _locate(self._ends, number)
+    def _clip(self, file: int, within: int) -> Clip:
         path, content = self._files[file]
         return Clip(path, self._firsts[content][within], self._stride, self._num_frames, content)
 

@@ -16,7 +16,6 @@ from cosmos_mcore.inference.weights import load_weights
 from cosmos_mcore.model.builder import DTYPES
 from cosmos_mcore.model.presets import ModelArch, resolve_arch
 from cosmos_mcore.parallel.initialize import initialize
-from cosmos_mcore.parallel.layout import check_layout
 from cosmos_mcore.tokenizer.build import build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -80,18 +79,6 @@ def read_arch(checkpoint: Path, config_file: Path | None) -> ModelArch:
     if found.text_to_video:
         raise ValueError(f"{checkpoint} is a Video2World model, which needs text; this command line has none for it")
     return found
-
-
-def check_processes(config: RunConfig, arch: ModelArch) -> None:
-    """Checks that ``config.parallel`` can cut the model; raises ValueError that names a number of processes."""
-    check_layout(
-        config,
-        num_layers=arch.num_layers,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_query_groups,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        vocab_size=arch.vocab_size,
-    )
 
 
 def share_over_processes(config: RunConfig, processes: int) -> RunConfig:

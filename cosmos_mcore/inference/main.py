@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_mcore.config import RunConfig, load_config, run_dir, validate
+from cosmos_mcore.model.presets import check_arch_layout
 from cosmos_mcore.parallel.command_line import USER_ERROR, configure_logging
 from cosmos_mcore.parallel.launch import is_rank_zero, processes_to_start, run_processes, world_size
 
@@ -95,7 +96,7 @@ def main(arguments: list[str]) -> int:
     checkpoint, config_file = _find_model(args)
     arch = assemble.read_arch(checkpoint, config_file)
     config = assemble.share_over_processes(_adapted_config(args, config_file), max(args.num_gpus, world_size()))
-    assemble.check_processes(config, arch)
+    check_arch_layout(config, arch)
     count = processes_to_start(config)
     if count:
         print(f"starting {count} processes (as torchrun --nproc_per_node={count} would)", flush=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
-from cosmos_mcore.config.schema import ModelConfig
+from cosmos_mcore.config.schema import ModelConfig, RunConfig
+from cosmos_mcore.parallel.layout import check_layout
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,19 @@ def resolve_arch(config: ModelConfig) -> ModelArch:
     if arch.kv_channels % 2:
         raise ValueError(f"model.kv_channels={arch.kv_channels} must be even: the rotary embedding turns pairs")
     return arch
+
+
+def check_arch_layout(config: RunConfig, arch: ModelArch) -> None:
+    """Checks that ``config.parallel`` can cut this model.
+
+    Raises:
+        ValueError: naming the key to change and the nearest value that works.
+    """
+    check_layout(
+        config,
+        num_layers=arch.num_layers,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        vocab_size=arch.vocab_size,
+    )

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
 from cosmos_mcore.config.derived import (
     SPATIAL_COMPRESSION,
     TEMPORAL_COMPRESSION,
+    data_parallel_size,
     derive_video_layout,
     num_microbatches,
 )
 from cosmos_mcore.config.schema import ParallelConfig, RunConfig
-from cosmos_mcore.model.presets import ModelArch, resolve_arch
-from cosmos_mcore.parallel.layout import check_layout, check_num_microbatches, check_world_size
+from cosmos_mcore.model.presets import ModelArch, check_arch_layout, resolve_arch
+from cosmos_mcore.parallel.layout import check_num_microbatches, check_world_size
 
 _BYTES = {"bf16": 2, "fp32": 4}
 _WORKSPACE = 1.0e9  # cuBLAS, cuDNN, and what is alive for a moment between two kernels
@@ -110,7 +111,7 @@ def estimate_memory(config: RunConfig, world_size: int) -> Memory:
     """Memory of the fullest GPU of a run.
 
     Args:
-        config: a run that ``check_layout`` has passed.
+        config: a run that ``check_arch_layout`` has passed.
         world_size: processes.
     """
     arch = resolve_arch(config.model)
@@ -131,7 +132,6 @@ def estimate_memory(config: RunConfig, world_size: int) -> Memory:
     state = master + 2 * _BYTES[precision.moments]
     tokens = layout.padded_sequence_length * config.training.micro_batch_size / cp
     whole, recomputed = _activation_bytes(config, arch)
-    kept = 0.0
     if parallel.recompute_granularity == "full":
         layers = min(parallel.recompute_num_layers or stage.layers, stage.layers)
         kept = (stage.layers - layers) * whole + layers * recomputed
@@ -224,14 +224,7 @@ def plans(config: RunConfig, gpus: int, gpu_bytes: float) -> list[Plan]:
 
 def _check(config: RunConfig, gpus: int) -> None:
     arch = resolve_arch(config.model)
-    check_layout(
-        config,
-        num_layers=arch.num_layers,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_query_groups,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        vocab_size=arch.vocab_size,
-    )
+    check_arch_layout(config, arch)
     check_world_size(config, gpus)
     check_num_microbatches(config, num_microbatches(config, gpus))
 
@@ -287,3 +280,37 @@ def parse_gpus(text: str) -> tuple[int, float]:
     if not match or not int(match[1]) or not int(match[2]):
         raise ValueError(f"--gpus={text} must be a count and the memory of each GPU, for example 8x80G")
     return int(match[1]), int(match[2]) * 2.0**30
+
+
+def table(config: RunConfig, found: Sequence[Plan], gpus: int, gpu_bytes: float) -> str:
+    """What ``scripts/plan.py`` prints: the layouts, and how to ask for the first."""
+    layout = derive_video_layout(config)
+    lines = [
+        f"{config.model.preset}, {config.data.num_frames} frames of {config.data.height}x{config.data.width}: "
+        f"{layout.sequence_length} tokens; {config.training.global_batch_size} clips a step on {gpus} GPUs of "
+        f"{gpu_bytes / 2**30:.0f} GiB"
+    ]
+    if not found:
+        return lines[0] + "\nno layout fits: the model needs more GPUs, or GPUs with more memory"
+    lines.append(
+        f"{'TP':>3} {'PP':>3} {'CP':>3} {'DP':>3}  {'recompute':10} {'GB':>6} {'ms/step':>8} {'tokens/s/GPU':>13}"
+    )
+    for plan in found:
+        parallel = plan.config.parallel
+        lines.append(
+            f"{parallel.tensor_model_parallel_size:3} {parallel.pipeline_model_parallel_size:3} "
+            f"{parallel.context_parallel_size:3} {data_parallel_size(plan.config, gpus):3}  "
+            f"{parallel.recompute_granularity or '-':10} {plan.memory.peak / 1e9:6.1f} {plan.seconds * 1e3:8.0f} "
+            f"{plan.tokens_per_second:13.0f}"
+        )
+    return "\n".join([*lines, f"fastest: {_overrides(found[0])}", f"  holds {found[0].memory}"])
+
+
+def _overrides(plan: Plan) -> str:
+    """What to write behind the config's name for this layout."""
+    parallel, keys = plan.config.parallel, []
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        keys.append(f"parallel.{name}={getattr(parallel, name)}")
+    keys.append(f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}")
+    keys.append(f"parallel.recompute_granularity={parallel.recompute_granularity or 'null'}")
+    return " ".join(keys)

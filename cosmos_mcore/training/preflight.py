@@ -12,8 +12,8 @@ from cosmos_mcore.config.derived import data_parallel_size, derive_video_layout,
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import find_files
 from cosmos_mcore.data.token_cache import check_settings, clip_settings, is_cache
-from cosmos_mcore.model.presets import resolve_arch
-from cosmos_mcore.parallel.layout import check_layout, check_num_microbatches, check_world_size, model_parallel_size
+from cosmos_mcore.model.presets import check_arch_layout, resolve_arch
+from cosmos_mcore.parallel.layout import check_num_microbatches, check_world_size, model_parallel_size
 from cosmos_mcore.training.plan import estimate_memory
 
 
@@ -29,14 +29,7 @@ def preflight(config: RunConfig, world_size: int) -> None:
     """
     arch = resolve_arch(config.model)
     derive_video_layout(config, arch.text_to_video)
-    check_layout(
-        config,
-        num_layers=arch.num_layers,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_query_groups,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        vocab_size=arch.vocab_size,
-    )
+    check_arch_layout(config, arch)
     count = processes(config, world_size)
     check_world_size(config, count)
     check_num_microbatches(config, num_microbatches(config, count))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cosmos_mcore.config import RunConfig, data_parallel_size, num_microbatches, validate
-from cosmos_mcore.model.presets import ModelArch
-from cosmos_mcore.parallel.layout import check_layout, check_num_microbatches, check_world_size
+from cosmos_mcore.model.presets import ModelArch, check_arch_layout
+from cosmos_mcore.parallel.layout import check_num_microbatches, check_world_size
 
 STEPS = 6  # of each layout; then it saves
 RESUMED_STEPS = 4  # of each resume from such a checkpoint
@@ -158,12 +158,5 @@ def check(name: str) -> int:
     validate(config)
     check_world_size(config, layout.world_size)
     check_num_microbatches(config, num_microbatches(config, layout.world_size))
-    check_layout(
-        config,
-        num_layers=arch.num_layers,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_query_groups,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        vocab_size=arch.vocab_size,
-    )
+    check_arch_layout(config, arch)
     return data_parallel_size(config, layout.world_size)
