@@ -11,10 +11,11 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from cosmos_mcore.data.encode import encode_mp4
+from cosmos_mcore.data.images import read_image
 from cosmos_mcore.data.mp4 import Mp4File, UnreadableVideoError
 from cosmos_mcore.data.transforms import normalize
 
@@ -121,15 +122,11 @@ def cover(frames: Tensor, height: int, width: int) -> Tensor:
 def _read_image(path: Path) -> np.ndarray:
     """Reads an image upright, as frames uint8 [1, H, W, 3]."""
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8 instead of scaling
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return np.asarray(upright.convert("RGB"))[None].copy()
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is no image that can be read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image {path} cannot be read: {error}") from error
+        return read_image(path)
+    except UnreadableVideoError as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise ValueError(f"{path} is no image that can be read") from None
+        raise ValueError(f"the image {path} cannot be read: {error.__cause__}") from error
 
 
 def _read_last_frames(path: Path, count: int, stride: int) -> np.ndarray:
