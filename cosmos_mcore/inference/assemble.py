@@ -7,9 +7,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
 from cosmos_mcore.checkpoint.architecture import describe
 from cosmos_mcore.checkpoint.recognize import open_checkpoint
 from cosmos_mcore.config import RunConfig, derive_video_layout, load_config
+from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.pipeline import VideoPipeline
 from cosmos_mcore.inference.weights import load_weights
@@ -65,7 +70,7 @@ def read_arch(checkpoint: Path, config_file: Path | None) -> ModelArch:
         config_file: of the run, whose model the checkpoint must hold; None: whatever it holds.
 
     Raises:
-        ValueError: if there is no checkpoint, it is damaged, of another size, or its model reads text.
+        ValueError: if there is no checkpoint, it is damaged, or of another size.
     """
     size = re.search(r"Predict1-(4B|5B|12B|13B)\b", checkpoint.name)
     found = open_checkpoint(checkpoint, size[1] if size else "auto").arch
@@ -76,8 +81,6 @@ def read_arch(checkpoint: Path, config_file: Path | None) -> ModelArch:
                 f"{checkpoint} holds another model ({describe(found)}) than {config_file} ({describe(configured)}); "
                 "give the checkpoint's own --config"
             )
-    if found.text_to_video:
-        raise ValueError(f"{checkpoint} is a Video2World model, which needs text; this command line has none for it")
     return found
 
 
@@ -96,32 +99,48 @@ def share_over_processes(config: RunConfig, processes: int) -> RunConfig:
     return replace(config, parallel=parallel)
 
 
+def join_processes(config: RunConfig) -> tuple[torch.device, dist.ProcessGroup]:
+    """Joins the processes of ``share_over_processes``; returns this rank's device and the group of all."""
+    device = initialize(config.parallel, config.training.seed)
+    return device, parallel_state.get_tensor_model_parallel_group()
+
+
 def load_pipeline(
     config: RunConfig,
     arch: ModelArch,
     checkpoint: Path,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    *,
     fp8: bool = False,
     offload_network: bool = False,
     offload_tokenizer: bool = False,
+    decoder_folder: Path | None = None,
+    offload_decoder: bool = False,
 ) -> VideoPipeline:
-    """Joins the processes and loads the model.
+    """Loads the model and what makes frames of its ids.
 
     Args:
         config: of ``share_over_processes``.
         arch: the model.
         checkpoint: of any layout.
+        device: of ``join_processes``.
+        group: of ``join_processes``.
         fp8: as ``load_weights``.
         offload_network: as ``VideoPipeline``.
         offload_tokenizer: as ``VideoPipeline``.
+        decoder_folder: of released models, with the diffusion decoder; None: the tokenizer makes the frames.
+        offload_decoder: as ``DiffusionDecoder.from_folder``.
 
     Raises:
-        ValueError: if the checkpoint is damaged or of another model.
+        ValueError: if a file is damaged or of another model.
     """
-    from megatron.core import parallel_state
-
-    layout = derive_video_layout(config)
-    device = initialize(config.parallel, config.training.seed)
+    decoder = None
+    if decoder_folder is not None:  # first: what is parked makes room for the model
+        logger.info("loading the diffusion decoder from %s", decoder_folder)
+        decoder = DiffusionDecoder.from_folder(decoder_folder, device, group, offload=offload_decoder)
+    layout = derive_video_layout(config, begin_of_video=arch.text_to_video)
     logger.info("loading weights (%s) from %s", describe(arch), checkpoint)
     weights = load_weights(checkpoint, arch, device, DTYPES[config.precision.dtype], fp8)
-    network = CachedNetwork(weights, arch, layout, parallel_state.get_tensor_model_parallel_group())
-    return VideoPipeline(network, lambda: build_tokenizer(config, device), offload_network, offload_tokenizer)
+    network = CachedNetwork(weights, arch, layout, group)
+    return VideoPipeline(network, lambda: build_tokenizer(config, device), offload_network, offload_tokenizer, decoder)

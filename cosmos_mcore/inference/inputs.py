@@ -19,10 +19,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Item:
-    """One input: what to continue, and the name of what is written, without suffix."""
+    """One input: what to continue, the name of what is written, without suffix, and the text for models that read it."""
 
     source: Path
     name: str
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,18 @@ class Failures:
             logger.error("error: %s: %s; going on with the next input", where, error)
 
 
-def read_batch_file(path: Path, failures: Failures) -> list[Item]:
-    """Reads a file of one JSON object per line, ``{"visual_input": PATH}``, as the original's.
+def read_batch_file(path: Path, with_prompts: bool, failures: Failures) -> list[Item]:
+    """Reads a file of one JSON object per line, as the original's.
+
+    A line is ``{"visual_input": PATH}``, or with a prompt ``{"prompt": TEXT, "visual_input": PATH}``.
 
     Outputs are named by the line's number from 0: they do not depend on which other inputs are good, and two inputs of
     one base name do not get in each other's way.
+
+    Args:
+        path: of the file.
+        with_prompts: whether the model reads text: each line has a prompt then, and none otherwise.
+        failures: gets the lines that are wrong.
 
     Raises:
         ValueError: if there is no such file, or no line in it names an input.
@@ -69,13 +77,27 @@ def read_batch_file(path: Path, failures: Failures) -> list[Item]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-            items.append(Item(Path(entry["visual_input"]), str(number)))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            failures.add(f"{path}, line {number + 1}", 'is no JSON object with a path in "visual_input"')
+            items.append(_read_line(line, str(number), with_prompts))
+        except ValueError as error:
+            failures.add(f"{path}, line {number + 1}", error)
     if not items:
-        raise ValueError(f'{path} names no input; give one JSON object per line: {{"visual_input": "clip.mp4"}}')
+        prompt = '"prompt": "a cat jumps", ' if with_prompts else ""
+        example = f'{{{prompt}"visual_input": "clip.mp4"}}'
+        raise ValueError(f"{path} names no good input; give one JSON object per line: {example}")
     return items
+
+
+def _read_line(line: str, name: str, with_prompt: bool) -> Item:
+    try:
+        entry = json.loads(line)
+        source, prompt = Path(entry["visual_input"]), entry.get("prompt")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError('is no JSON object with a path in "visual_input"') from None
+    if not with_prompt and prompt is not None:
+        raise ValueError('has a "prompt", but the model reads no text')
+    if with_prompt and not (isinstance(prompt, str) and prompt.strip()):
+        raise ValueError('has no text in "prompt", which a Video2World model needs')
+    return Item(source, name, prompt and prompt.strip())
 
 
 def read_batches(

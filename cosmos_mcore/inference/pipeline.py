@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos_mcore.config.derived import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder
 from cosmos_mcore.inference.generate import TokenGenerator
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.offload import Parking
@@ -29,7 +31,7 @@ class Continuation:
     """A generated video.
 
     Attributes:
-        video: [3, T, H, W] float32, nominally in [-1, 1]; the given frames in it went through the tokenizer.
+        video: [3, T, H, W] float32, nominally in [-1, 1]; the given frames in it are decoded from ids, too.
         ids: of each clip that the video was made of, [T', h, w] int64.
         num_given: leading frames of ``video`` that were given.
     """
@@ -40,16 +42,17 @@ class Continuation:
 
 
 class VideoPipeline:
-    """A model and its tokenizer, ready to continue clips of one size.
+    """A model and what turns frames into its ids and back, ready to continue clips of one size.
 
     Every tensor-parallel rank has one and calls it alike. Ids cross ranks, frames do not: only the first rank encodes
-    and decodes.
+    and, with the tokenizer, decodes. A diffusion decoder is shared by all.
 
     Args:
         network: the model.
         make_tokenizer: makes the tokenizer that the model was trained with; called on the first rank only.
         offload_network: park the model in CPU memory while it does not generate.
         offload_tokenizer: make the tokenizer for each use, and drop it afterwards.
+        decoder: makes the frames, of the network's ranks together; None: the tokenizer does.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class VideoPipeline:
         make_tokenizer: Callable[[], VideoTokenizer],
         offload_network: bool = False,
         offload_tokenizer: bool = False,
+        decoder: DiffusionDecoder | None = None,
     ) -> None:
         self.network, self.layout, self.device = network, network.layout, network.device
         self.is_first = network.group.rank() == 0
@@ -65,6 +69,7 @@ class VideoPipeline:
         self._make_tokenizer = make_tokenizer
         self._keeps_tokenizer = not offload_tokenizer
         self._tokenizer = make_tokenizer() if self.is_first and self._keeps_tokenizer else None
+        self._decoder = decoder
         self._generator: TokenGenerator | None = None
 
     @property
@@ -79,11 +84,12 @@ class VideoPipeline:
         options: SamplingOptions,
         seeds: Sequence[int],
         num_frames: int | None = None,
+        text: Tensor | None = None,
     ) -> list[Continuation]:
         """Generates the rest of several videos at once.
 
         A video longer than the model's clips is a chain of them: each next one is given the last frames of the one
-        before, as many as the first was given, and they are dropped from its result.
+        before, as they are in the result, as many as the first was given, and they are dropped from its own frames.
 
         Args:
             given: [B, 3, T, H, W] float32 in [-1, 1], the first 1 + 8k frames of each video.
@@ -91,12 +97,14 @@ class VideoPipeline:
             seeds: one per video: the same one gives the same video on the same kind of device, whatever is generated
                 beside or before it.
             num_frames: of each video; None: of one clip.
+            text: [B, M, context size], the embedding of each video's prompt, for models that read text; any device.
 
         Returns:
             The videos on the first rank; nothing on the others.
 
         Raises:
-            ValueError: if the frames have another size than the model's clips, or leave nothing to generate.
+            ValueError: if the frames have another size than the model's clips, or leave nothing to generate, or if
+                there is a text for a model that reads none, or none for one that does.
         """
         num_given = self.check(given.shape[2:], num_frames)
         wanted = self.clip_frames if num_frames is None else num_frames
@@ -104,11 +112,12 @@ class VideoPipeline:
         ids: list[Tensor] = []
         length, clip = 0, 0
         while length < wanted:
-            new = self._generate(given, options, [seed + clip * _NEXT_CLIP for seed in seeds], wanted - length, clip)
+            clip_seeds = [seed + clip * _NEXT_CLIP for seed in seeds]
+            new = self._generate(given, options, clip_seeds, wanted - length, clip, text)
             drop = num_given if clip else 0
             length += self._frames_of(new.size(1)) - drop
+            video = self._decode(new, clip_seeds, text)
             if self.is_first:
-                video = self._decode(new)
                 videos.append(video[:, :, drop:])
                 ids.append(new)
                 given = video[:, :, -num_given:].clamp(-1, 1)
@@ -118,16 +127,57 @@ class VideoPipeline:
         whole = torch.cat(videos, dim=2)[:, :, :wanted]
         return [Continuation(whole[i], tuple(new[i] for new in ids), num_given) for i in range(len(whole))]
 
-    def _decode(self, ids: Tensor) -> Tensor:
-        return self._with_tokenizer(lambda tokenizer: tokenizer.decode(ids)).cpu()
+    def round_trip(self, clip: Tensor, seed: int = 0, text: Tensor | None = None) -> Tensor:
+        """What becomes of a video whose ids are all right: encoded and decoded.
 
-    def round_trip(self, clip: Tensor) -> Tensor:
-        """What the tokenizer alone makes of a clip [1, 3, T, H, W] in [-1, 1], float32; on the first rank only."""
+        Args:
+            clip: [1, 3, T, H, W] float32 in [-1, 1].
+            seed: of the diffusion decoder.
+            text: [1, M, context size], for the diffusion decoder.
 
-        def there_and_back(tokenizer: VideoTokenizer) -> Tensor:
-            return tokenizer.decode(tokenizer.encode(clip.to(self.device)))
+        Returns:
+            Of the shape of ``clip``, float32 on the CPU; nothing ([0]) on other ranks than the first.
+        """
+        _, _, frames, height, width = clip.shape
+        latents = sum(latents_of(len(chunk)) for chunk in torch.arange(frames).split(self.layout.pixel_chunk_duration))
+        cells = (height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+        return self._decode(self._encode(clip, (latents, *cells)), [seed], text)
 
-        return self._with_tokenizer(there_and_back)
+    def _encode(self, video: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Frames [B, 3, T, H, W], of which the first rank's count, to ids [B, *shape] int64 on all ranks."""
+        ids = torch.empty(len(video), *shape, dtype=torch.int64, device=self.device)
+        if self.is_first:
+            pixels = video.to(self.device)
+            ids.copy_(self._with_tokenizer(lambda tokenizer: tokenizer.encode(pixels)))
+        group = self.network.group
+        if group.size() > 1:
+            dist.broadcast(ids, dist.get_global_rank(group, 0), group=group)
+        return ids
+
+    def _decode(self, ids: Tensor, seeds: Sequence[int], text: Tensor | None) -> Tensor:
+        """Ids [B, T', h, w] to frames [B, 3, T, H, W] float32 on the CPU; nothing ([0]) on other ranks than the first.
+
+        Each causal clip of a video is drawn from the noise of the video's seed.
+        """
+        decoder = self._decoder
+        if decoder is None:
+            if not self.is_first:
+                return torch.empty(0)
+            return self._with_tokenizer(lambda tokenizer: tokenizer.decode(ids)).cpu()
+        started = time.perf_counter()
+        videos = []
+        for row, seed in enumerate(seeds):
+            told = None if text is None else text[row : row + 1]
+            chunks = ids[row].split(latents_of(self.layout.pixel_chunk_duration))
+            parts = [decoder.decode(chunk, told, seed) for chunk in chunks]
+            if self.is_first:
+                videos.append(torch.cat([part.cpu() for part in parts], dim=1))
+            del parts
+        if not self.is_first:
+            return torch.empty(0)
+        frames, seconds = len(videos) * videos[0].size(1), time.perf_counter() - started
+        logger.info("decoded %d frames in %.1f s (diffusion decoder)", frames, seconds)
+        return torch.stack(videos)
 
     def check(self, shape: Sequence[int], num_frames: int | None = None) -> int:
         """Checks that frames of ``shape`` (T, H, W) can be continued, and returns T.
@@ -149,7 +199,15 @@ class VideoPipeline:
             raise ValueError(f"a video of {num_frames} frames leaves nothing to generate after {frames} given ones")
         return frames
 
-    def _generate(self, given: Tensor, options: SamplingOptions, seeds: list[int], missing: int, clip: int) -> Tensor:
+    def _generate(
+        self,
+        given: Tensor,
+        options: SamplingOptions,
+        seeds: list[int],
+        missing: int,
+        clip: int,
+        text: Tensor | None,
+    ) -> Tensor:
         """Ids [B, T', h, w] of one clip that begins with ``given``, of no more latent frames than ``missing`` needs."""
         batch, _, num_given, _, _ = given.shape
         latent_frames, *cells = self.layout.latent_shape
@@ -157,21 +215,20 @@ class VideoPipeline:
             frames = missing + (num_given if clip else 0)
             latent_frames = min(latent_frames, latents_of(frames + TEMPORAL_COMPRESSION - 1))
         per_frame = cells[0] * cells[1]
-        prompt = torch.empty(batch, latents_of(num_given) * per_frame, dtype=torch.int64, device=self.device)
-        if self.is_first:
-            pixels = given.to(self.device)
-            prompt.copy_(self._with_tokenizer(lambda tokenizer: tokenizer.encode(pixels)).flatten(1))
-        group = self.network.group
-        if group.size() > 1:
-            dist.broadcast(prompt, dist.get_global_rank(group, 0), group=group)
+        prompt = self._encode(given, (latents_of(num_given), *cells)).flatten(1)
         new_tokens = latent_frames * per_frame - prompt.size(1)
+        first = int(self.layout.begin_of_video)
+        # The first id after the video tokens says that a video begins (spec/model.md section 5).
+        prompt = F.pad(prompt, (first, 0), value=self.network.arch.vocab_size)
+        text_length = 0 if text is None else text.size(1)
         with self._parking.present() if self._parking is not None else nullcontext():
             generator = self._generator
-            if generator is None or (generator.batch, generator.options) != (batch, options):
+            wanted = (batch, options, text_length)
+            if generator is None or (generator.batch, generator.options, generator.text_length) != wanted:
                 self._generator = None  # its cache goes before the next one comes
-                generator = TokenGenerator(self.network, batch, options)
+                generator = TokenGenerator(self.network, *wanted)
             started = time.perf_counter()
-            ids = generator(prompt, new_tokens, seeds)
+            ids = generator(prompt, new_tokens, seeds, text)
             if self._parking is None:
                 self._generator = generator
             del generator
@@ -180,7 +237,7 @@ class VideoPipeline:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
         logger.info("generated %d tokens in %.1f s (%.1f tokens/s)", total, seconds, total / seconds)
-        return ids.unflatten(1, (latent_frames, *cells))
+        return ids[:, first:].unflatten(1, (latent_frames, *cells))
 
     def _with_tokenizer(self, use: Callable[[VideoTokenizer], Tensor]) -> Tensor:
         tokenizer = self._tokenizer or self._make_tokenizer()

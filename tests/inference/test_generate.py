@@ -48,6 +48,16 @@ def test_every_rank_has_the_same_ids(results):
             assert torch.equal(other[name]["drawn"], results[0][name]["drawn"])
 
 
+def test_a_video_with_a_prompt(results):
+    made = results[0]["with prompts"]
+    ids = made["ids"].flatten(1)
+    assert torch.equal(ids[:, 12:], made["choices"]), "what Megatron's pass finds most likely"
+    assert torch.equal(ids[0], ids[2]), "equal frames, equal prompts"
+    assert torch.equal(ids[0, :12], ids[1, :12])
+    assert not torch.equal(ids[0, 12:], ids[1, 12:]), "another prompt"
+    assert "needs text embeddings" in made["without text"]
+
+
 def test_what_does_not_fit_is_refused(results):
     base = results[0]["base"]
     assert "24 given and 49 new tokens are more than the model's 72 positions" in base["too long"]

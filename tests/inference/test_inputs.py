@@ -1,6 +1,7 @@
 """The inputs of a command line: a bad one is reported and left out, and never touches its neighbours."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,18 +22,30 @@ def test_a_batch_file_names_outputs_by_line(tmp_path):
     lines = [json.dumps({"visual_input": "a/clip.mp4"}), "", "{", '["x"]', '{"other": 1}', '{"visual_input": 3}']
     file.write_text("\n".join([*lines, json.dumps({"visual_input": "b/clip.mp4"})]) + "\n")
     failures = Failures()
-    items = read_batch_file(file, failures)
+    items = read_batch_file(file, False, failures)
     assert [(str(item.source), item.name) for item in items] == [("a/clip.mp4", "0"), ("b/clip.mp4", "6")]
     assert [line.split(": ")[0].rpartition(" ")[2] for line in failures.lines] == ["3", "4", "5", "6"]
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "no file"), (b"\n", "names no input"), (b"\xff", "as text")])
+def test_lines_have_prompts_where_the_model_reads_text(tmp_path):
+    file = tmp_path / "batch.jsonl"
+    entries = [{}, {"prompt": " a red ball\n"}, {"prompt": " "}, {"prompt": 3}, {"prompt": None}]
+    file.write_text("".join(json.dumps({"visual_input": "clip.mp4", **entry}) + "\n" for entry in entries))
+    failures = Failures()
+    assert read_batch_file(file, True, failures) == [Item(Path("clip.mp4"), "1", "a red ball")]
+    assert len(failures.lines) == 4 and all('has no text in "prompt"' in line for line in failures.lines)
+    failures = Failures()
+    assert [item.name for item in read_batch_file(file, False, failures)] == ["0", "4"]
+    assert len(failures.lines) == 3 and all("the model reads no text" in line for line in failures.lines)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "no file"), (b"\n", "names no good input"), (b"\xff", "as text")])
 def test_a_batch_file_without_inputs_is_refused(tmp_path, content, message):
     file = tmp_path / "batch.jsonl"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_batch_file(file, Failures())
+        read_batch_file(file, False, Failures())
 
 
 def test_groups_hold_what_can_be_generated_together(tmp_path):

@@ -1,18 +1,24 @@
 """From frames to frames, with a tiny model of random weights on one process."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cosmos_mcore.config.derived import VideoLayout
+from cosmos_mcore.inference.diffusion import decoder as diffusion
 from cosmos_mcore.inference.generate import TokenGenerator
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.pipeline import VideoPipeline
 from cosmos_mcore.inference.sampling import SamplingOptions
 from cosmos_mcore.model.presets import ModelArch
+from cosmos_mcore.tokenizer.cv8x8x8 import ContinuousDecoder
 from cosmos_mcore.tokenizer.haar import HaarTokenizer
+from cosmos_mcore.tokenizer.networks import Decoder, NetworkSize
+from tests.inference.diffusion.small import SMALL, random_network
 from tests.inference.models import NO_GROUP, random_weights
+from tests.tokenizer.released import seeded
 
 ARCH = ModelArch(2, 64, 96, 4, 2, 16)
 LAYOUT = VideoLayout(25, (4, 2, 3), False, 24, 5)
@@ -123,6 +129,58 @@ def test_fp8_weights_give_nearly_the_same_logits():
         logits.append(network.prefill(prompt, network.new_cache(1)))
     error = (logits[1] - logits[0]).norm() / logits[0].norm()
     assert 1e-4 < error < 0.03
+
+
+@pytest.fixture
+def decoder(monkeypatch):
+    """A small diffusion decoder that knows the tokenizer's ids, in two steps instead of fifteen."""
+    monkeypatch.setattr(diffusion, "noise_levels", lambda: [80.0, 1.0, 0.0])
+    size = replace(SMALL, vocab_size=64000)
+    tokenizer = seeded(Decoder(NetworkSize(8, 16, channels=4)), 2)
+    frames = ContinuousDecoder(tokenizer, torch.zeros(16, 8), torch.ones(16, 8), torch.device("cpu"))
+    return diffusion.DiffusionDecoder(random_network(size), frames, torch.randn(1, 7, 16), torch.device("cpu"))
+
+
+class Encoder(HaarTokenizer):
+    """Its frames would be thrown away."""
+
+    def _decode_chunks(self, ids):
+        raise AssertionError("decoded for nothing")
+
+
+def test_the_diffusion_decoder_makes_the_frames(clips, decoder):
+    pipeline = VideoPipeline(CachedNetwork(random_weights(ARCH), ARCH, LAYOUT, NO_GROUP), lambda: Encoder(25), decoder=decoder)
+    made = pipeline.continue_videos(clips[:, :, :9], OPTIONS, [3, 4], num_frames=30)
+    for video, seed in zip(made, (3, 4), strict=True):
+        assert video.video.shape == (3, 30, 32, 48)
+        assert torch.equal(video.video[:, :25], decoder.decode(video.ids[0], seed=seed))
+        # The next clip goes on from what is seen, and has noise of its own.
+        assert torch.equal(video.ids[1][:2], HaarTokenizer(25).encode(video.video[None, :, 16:25])[0].long())
+        second = decoder.decode(video.ids[1], seed=seed + 2**32)
+        assert torch.equal(video.video[:, 25:], second[:, 9:14])
+    expected = decoder.decode(HaarTokenizer(25).encode(clips[:1])[0], seed=5)
+    assert torch.equal(pipeline.round_trip(clips[:1], seed=5)[0], expected)
+
+
+def test_each_causal_clip_is_decoded_by_itself(clips, decoder):
+    layout = VideoLayout(9, (4, 2, 3), False, 24, 5)
+    network = CachedNetwork(random_weights(ARCH), ARCH, layout, NO_GROUP)
+    pipeline = VideoPipeline(network, lambda: Encoder(9), decoder=decoder)
+    (made,) = pipeline.continue_videos(clips[:1, :, :9], OPTIONS, [0])
+    halves = [decoder.decode(half, seed=0) for half in made.ids[0].split(2)]
+    assert torch.equal(made.video, torch.cat(halves, 1))
+    assert pipeline.round_trip(clips[:1, :, :18]).shape == (1, 3, 18, 32, 48)
+
+
+def test_the_diffusion_decoder_reads_the_prompt(clips, decoder):
+    arch = replace(ARCH, embedding_size=64064, context_size=16)
+    layout = replace(LAYOUT, begin_of_video=True, padded_sequence_length=25)
+    network = CachedNetwork(random_weights(arch), arch, layout, NO_GROUP)
+    pipeline = VideoPipeline(network, lambda: Encoder(25), decoder=decoder)
+    text = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
+    made = pipeline.continue_videos(clips[:, :, :1], OPTIONS, [0, 0], num_frames=10, text=text)
+    for video, row in zip(made, text.split(1), strict=True):
+        assert torch.equal(video.video, decoder.decode(video.ids[0], row)[:, :10])
 
 
 def test_what_does_not_fit_is_refused(pipeline):

@@ -66,11 +66,8 @@ class DiffusionDecoder:
         check_files(folder)
         if group is not None and group.size() == 1:
             group = None
-        if group is not None and CHUNK % group.size():
-            raise ValueError(
-                f"the diffusion decoder's {CHUNK} latent frames cannot be shared by {group.size()} processes; start "
-                "1, 2, 4 or 8, or generate with --disable_diffusion_decoder"
-            )
+        if group is not None:
+            check_processes(group.size())
         size, weights = read_network(folder)
         with torch.device("meta"):
             network = DiffusionNetwork(size, group).requires_grad_(False).eval()
@@ -149,6 +146,15 @@ class DiffusionDecoder:
         if text.ndim != 3 or len(text) != 1 or text.size(2) != channels:
             raise ValueError(f"a text embedding must be [1, M, {channels}], got {list(text.shape)}")
         return text.to(self.device)
+
+
+def check_processes(count: int) -> None:
+    """Whether so many processes can share the latent frames; raises ValueError if not."""
+    if CHUNK % count:
+        raise ValueError(
+            f"the diffusion decoder's {CHUNK} latent frames cannot be shared by {count} processes; start 1, 2, 4 or 8, "
+            "or generate with --disable_diffusion_decoder"
+        )
 
 
 def chunk_starts(frames: int) -> list[int]:

@@ -34,13 +34,14 @@ def check_files(folder: Path) -> None:
     """Looks whether all files are there; reads none.
 
     Raises:
-        ValueError: naming the first one that is missing.
+        ValueError: naming those that are missing.
     """
     missing = missing_files(folder)
     if missing:
         raise ValueError(
-            f"the diffusion decoder needs {missing[0]}, which is not there; get it with "
-            "scripts/download_autoregressive_checkpoints.py, or generate with --disable_diffusion_decoder"
+            f"the diffusion decoder needs {', '.join(map(str, missing))}, which {'is' if len(missing) == 1 else 'are'} "
+            "not there; get it with scripts/download_autoregressive_checkpoints.py, name its folder with "
+            "--checkpoint_dir, or generate with --disable_diffusion_decoder"
         )
 
 

@@ -125,6 +125,11 @@ def test_missing_and_damaged_files(tmp_path, name):
     assert missing_files(folder) == [path]
     with pytest.raises(ValueError, match=rf"the diffusion decoder needs \S+{path.name}, which is not there; get it"):
         DiffusionDecoder.from_folder(folder, CPU)
+    (folder / NETWORK_FOLDER / "aux_vars.pt").unlink(missing_ok=True)
+    (folder / TOKENIZER_FOLDER / "mean_std.pt").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"which are not there; .*--disable_diffusion_decoder") as error:
+        DiffusionDecoder.from_folder(folder, CPU)
+    assert all(str(file) in str(error.value) for file in missing_files(folder))
 
 
 def test_files_of_something_else(tmp_path):
