@@ -16,6 +16,7 @@ SPATIAL_COMPRESSION = 16
 TEMPORAL_COMPRESSION = 8
 DEFAULT_PIXEL_CHUNK = 33
 FP8_ROWS = 32
+TEXT_LENGTH, TEXT_WIDTH = 512, 1024  # of a prompt's embedding: tokens, numbers of each (spec/inference.md section 9)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
+from cosmos_mcore.config.derived import TEXT_WIDTH
 from cosmos_mcore.config.schema import ModelConfig, RunConfig
 from cosmos_mcore.parallel.layout import check_layout
 
@@ -53,8 +54,10 @@ PRESETS = {
     "1b": ModelArch(num_layers=16, hidden_size=2048, kv_channels=64),
     "4b": ModelArch(num_layers=16, hidden_size=4096),
     "12b": ModelArch(num_layers=40, hidden_size=5120, yarn=Yarn()),
-    "5b-video2world": ModelArch(num_layers=16, hidden_size=4096, embedding_size=64064, context_size=1024),
-    "13b-video2world": ModelArch(num_layers=40, hidden_size=5120, embedding_size=64064, context_size=1024, yarn=Yarn()),
+    "5b-video2world": ModelArch(num_layers=16, hidden_size=4096, embedding_size=64064, context_size=TEXT_WIDTH),
+    "13b-video2world": ModelArch(
+        num_layers=40, hidden_size=5120, embedding_size=64064, context_size=TEXT_WIDTH, yarn=Yarn()
+    ),
     "tiny": ModelArch(
         num_layers=4, hidden_size=128, ffn_hidden_size=384, num_attention_heads=4, num_query_groups=2, kv_channels=32
     ),

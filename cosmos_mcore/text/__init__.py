@@ -1,0 +1,1 @@
+"""Prompts of videos, the text encoder, and its embeddings on disk."""
