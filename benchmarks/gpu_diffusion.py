@@ -1,10 +1,10 @@
 """How fast is the diffusion decoder? Random weights of the released size, 33 frames at 640x1024, bfloat16.
 
-    python benchmarks/gpu_diffusion.py [--offload]
+    python benchmarks/gpu_diffusion.py [--fp8] [--offload]
     torchrun --nproc-per-node 2 benchmarks/gpu_diffusion.py      # the processes share the latent frames
 
 One JSON line: seconds per network call (both guidance branches in one) and its share of the time that an H100 or H200
-would take for its matrices and attention at 989 TFLOP/s (1.0: the floor is reached); seconds for everything from ids to
+would take for its matrices and attention at 989 TFLOP/s (matrices in FP8 twice that; 1.0: the floor is reached); seconds for everything from ids to
 frames, first with compiling and choosing kernels, then without; peak memory of decoding and memory between decodings.
 """
 
@@ -29,7 +29,7 @@ PEAK_TFLOPS = 989.0
 TEXT_ROWS = 512
 
 
-def random_decoder(size: DiffusionSize, device: torch.device, group: Any, offload: bool) -> DiffusionDecoder:
+def random_decoder(size: DiffusionSize, device: torch.device, group: Any, fp8: bool, offload: bool) -> DiffusionDecoder:
     """As loaded from the released files, with small random weights."""
     with torch.device("meta"):
         network = DiffusionNetwork(size, group).to(torch.bfloat16).requires_grad_(False).eval()
@@ -40,6 +40,8 @@ def random_decoder(size: DiffusionSize, device: torch.device, group: Any, offloa
             parameter.fill_(1.0)
         else:
             parameter.normal_(std=parameter.size(-1) ** -0.5)
+    if fp8:
+        network.to_fp8()
     tokenizer = Decoder(NetworkSize(spatial_compression=8, latent_channels=16))
     columns = torch.zeros(16, CHUNK), torch.ones(16, CHUNK)
     text = torch.randn(1, TEXT_ROWS, size.text_channels)
@@ -76,6 +78,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=33, help="1 + a multiple of 8")
     parser.add_argument("--height", type=int, default=640)
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--fp8", action="store_true", help="round the large matrices and their inputs to 8 bits")
     parser.add_argument("--offload", action="store_true", help="park the network in CPU memory between decodings")
     args = parser.parse_args()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -84,7 +87,7 @@ def main() -> None:
     if ranks > 1:
         dist.init_process_group("nccl", device_id=device)
     size = DiffusionSize()
-    decoder = random_decoder(size, device, dist.group.WORLD if ranks > 1 else None, args.offload)
+    decoder = random_decoder(size, device, dist.group.WORLD if ranks > 1 else None, args.fp8, args.offload)
     torch.cuda.empty_cache()
     between = torch.cuda.memory_reserved()
     cells = (args.height // 16, args.width // 16)
@@ -100,17 +103,19 @@ def main() -> None:
     calls = times.take()
     assert video.isfinite().all()
     call = statistics.median(calls)
-    flops = flops_per_call(size, CHUNK * cells[0] * cells[1], batch=2, with_text=1, text_rows=TEXT_ROWS)
+    matrices, attention = flops_per_call(size, CHUNK * cells[0] * cells[1], batch=2, with_text=1, text_rows=TEXT_ROWS)
+    floor = (matrices / (2 if args.fp8 else 1) + attention) / ranks / 1e12 / PEAK_TFLOPS
     line = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "ranks": ranks,
+        "fp8": args.fp8,
         "offload": args.offload,
         "frames": list(video.shape),
         "network_calls": len(calls),
         "seconds_per_call": round(call, 4),
-        "tflops_per_call_and_rank": round(flops / ranks / 1e12, 1),
-        "share_of_flop_floor": round(flops / ranks / 1e12 / PEAK_TFLOPS / call, 3),
+        "tflops_per_call_and_rank": round((matrices + attention) / ranks / 1e12, 1),
+        "share_of_flop_floor": round(floor / call, 3),
         "first_total_seconds": round(totals[0], 2),
         "total_seconds": round(totals[1], 2),
         "seconds_beside_network": round(totals[1] - sum(calls), 2),

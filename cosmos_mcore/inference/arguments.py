@@ -60,7 +60,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_frames", type=int, help="of the result; more than the model's clips are chained; default: one clip")
     add("--fps", type=float, help="of the result; default: the input's, 25 for an image")
     add("--top_k", type=int, help="draw from at most this many tokens")
-    add("--prompt_embeddings", help="folder that keeps prompts' embeddings; default: prompt_embeddings in --checkpoint_dir")
     add("--num_samples", type=int, default=1, help="videos per input, with seeds counted up")
     add("--fp8", action="store_true", help="round the layers' weights to 8 bits: half the memory, faster")
     add(

@@ -126,7 +126,7 @@ def load_pipeline(
         checkpoint: of any layout.
         device: of ``join_processes``.
         group: of ``join_processes``.
-        fp8: as ``load_weights``.
+        fp8: as ``load_weights`` and ``DiffusionDecoder.from_folder``.
         offload_network: as ``VideoPipeline``.
         offload_tokenizer: as ``VideoPipeline``.
         decoder_folder: of released models, with the diffusion decoder; None: the tokenizer makes the frames.
@@ -138,7 +138,7 @@ def load_pipeline(
     decoder = None
     if decoder_folder is not None:  # first: what is parked makes room for the model
         logger.info("loading the diffusion decoder from %s", decoder_folder)
-        decoder = DiffusionDecoder.from_folder(decoder_folder, device, group, offload=offload_decoder)
+        decoder = DiffusionDecoder.from_folder(decoder_folder, device, group, fp8=fp8, offload=offload_decoder)
     layout = derive_video_layout(config, begin_of_video=arch.text_to_video)
     logger.info("loading weights (%s) from %s", describe(arch), checkpoint)
     weights = load_weights(checkpoint, arch, device, DTYPES[config.precision.dtype], fp8)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_mcore.config import RunConfig, load_config, run_dir, validate
+from cosmos_mcore.config.derived import prompt_cache_dir
 from cosmos_mcore.inference.arguments import (
     MAX_BATCH,
     check_arguments,
@@ -29,13 +30,11 @@ if TYPE_CHECKING:
 
     from cosmos_mcore.inference.inputs import Item
     from cosmos_mcore.inference.pipeline import Continuation, VideoPipeline
-    from cosmos_mcore.inference.prompts import PromptSource
     from cosmos_mcore.inference.sampling import SamplingOptions
 
 logger = logging.getLogger(__name__)
 
 _TEXT_ENCODER = Path("google-t5", "t5-11b")  # in the folder of downloads, as on the hub
-_EMBEDDINGS = "prompt_embeddings"  # beside it
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ def main(arguments: list[str]) -> int:
     from cosmos_mcore.inference import assemble
     from cosmos_mcore.inference.guardrail import find_guardrail
     from cosmos_mcore.inference.inputs import Failures, Item, Wanted, read_batch_file, read_batches
+    from cosmos_mcore.inference.prompts import PromptSource
     from cosmos_mcore.inference.sampling import SamplingOptions
     from cosmos_mcore.parallel.initialize import shut_down
 
@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
     else:
         items = [Item(Path(args.input_image_or_video_path), args.video_save_name, args.prompt and args.prompt.strip())]
     count = len(items) + len(failures.lines)  # bad lines, too
-    source = _prompt_source(args)
+    source = PromptSource(Path(args.checkpoint_dir) / _TEXT_ENCODER, prompt_cache_dir(config))
     prompts = [item.prompt for item in items if item.prompt is not None]
     source.check(prompts)
     size = config.data.height, config.data.width, config.data.frame_stride
@@ -193,14 +193,6 @@ def _decoder_folder(args: argparse.Namespace, config: RunConfig) -> Path | None:
     check_files(folder)
     check_processes(config.parallel.tensor_model_parallel_size)
     return folder
-
-
-def _prompt_source(args: argparse.Namespace) -> PromptSource:
-    from cosmos_mcore.inference.prompts import PromptSource
-
-    folder = Path(args.checkpoint_dir)
-    cache = folder / _EMBEDDINGS if args.prompt_embeddings is None else Path(args.prompt_embeddings)
-    return PromptSource(folder / _TEXT_ENCODER, cache)
 
 
 def _continue(

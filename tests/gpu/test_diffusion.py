@@ -1,4 +1,4 @@
-"""The diffusion decoder on a GPU: float32 against the original's numbers, bfloat16, the compiled norm, offloading."""
+"""The diffusion decoder on a GPU: float32 against the original's numbers, bfloat16, FP8, compiled parts, offloading."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosmos_mcore.inference.diffusion import attention
+from cosmos_mcore.inference.diffusion import attention, fp8
 from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder
 from tests.inference.diffusion.small import SMALL, golden_network, write_released
 
@@ -42,6 +42,32 @@ def test_compiled_norm(rows: int) -> None:
         torch.testing.assert_close(made, attention._norm_heads(heads, gain, *rotary), atol=0.05, rtol=0.01)
 
 
+@torch.no_grad()
+def test_compiled_rounding() -> None:
+    x = torch.randn(2, 300, 512, device=CUDA, dtype=torch.bfloat16)
+    shift, scale = torch.randn(2, 512, device=CUDA, dtype=torch.bfloat16)
+    for made, (data, factor) in (
+        (fp8.gelu(x), fp8._gelu_and_round(x)),
+        (fp8.modulated_norm(x, shift, scale, 1e-6), fp8._norm_and_round(x, shift, scale, 1e-6)),
+    ):
+        assert made.data.is_contiguous() and made.scale.shape == (2, 300, 1)
+        torch.testing.assert_close(made.scale, factor, atol=0, rtol=0.01)
+        torch.testing.assert_close(made.data.float() * made.scale, data.float() * factor, atol=0.01, rtol=0.13)
+
+
+@torch.no_grad()
+def test_8_bit_products() -> None:
+    layer = torch.nn.Linear(1024, 2048, bias=False).bfloat16()
+    x = torch.randn(2, 300, 1024).bfloat16()
+    exact = layer.float()(x.float())
+    made = fp8.Fp8Linear(layer.to(CUDA, torch.bfloat16))(x.to(CUDA))
+    assert made.shape == (2, 300, 2048) and made.dtype == torch.bfloat16
+    slow = fp8.Fp8Linear(layer.cpu())(x)
+    rounding, error = ((part.float().cpu() - exact).norm() / exact.norm() for part in (slow, made))
+    print(f"relative error of 8-bit products: {error:.4f}, of exact sums of the same numbers {rounding:.4f}")
+    assert error < 1.1 * rounding + 0.002
+
+
 def test_decoder_and_offloading(tmp_path: Path) -> None:
     folder = write_released(tmp_path)
     ids = torch.randint(SMALL.vocab_size, (5, 2, 3))
@@ -55,3 +81,8 @@ def test_decoder_and_offloading(tmp_path: Path) -> None:
     parked = DiffusionDecoder.from_folder(folder, CUDA, offload=True)
     torch.testing.assert_close(parked.decode(ids), video, atol=0.02, rtol=0)
     assert all(not parameter.untyped_storage().nbytes() for parameter in parked.network.parameters())
+    rounded = DiffusionDecoder.from_folder(folder, CUDA, fp8=True, offload=True)
+    error = ((rounded.decode(ids).cpu() - exact).norm() / exact.norm()).item()
+    print(f"FP8 frames are {error:.3f} off")
+    assert error < 0.3
+    assert all(not buffer.untyped_storage().nbytes() for buffer in rounded.network.buffers())

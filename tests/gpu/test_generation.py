@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cosmos_mcore.config.derived import VideoLayout
 from cosmos_mcore.inference.generate import TokenGenerator
@@ -104,6 +106,25 @@ def test_greedy_ids_are_those_of_full_passes(network, prompt):
     for at in range(480, 520):
         logits = network.prefill(ids[:, :at], network.new_cache(1))[0]
         assert logits[ids[0, at]] > logits.max() - 0.1 * logits.std()
+
+
+def test_a_model_that_reads_text(prompt):
+    """The same graph serves another text; it draws what single steps draw, and the cache gives one pass's logits."""
+    arch = replace(ARCH, num_layers=2, embedding_size=64064, context_size=1024)
+    layout = replace(LAYOUT, begin_of_video=True, padded_sequence_length=1201)
+    network = CachedNetwork(random_weights(arch, device="cuda", dtype=torch.bfloat16), arch, layout, NO_GROUP)
+    texts = torch.randn(2, 3, 512, 1024, generator=torch.Generator().manual_seed(5)).bfloat16()
+    texts[:, :, 20:] = 0
+    begun = F.pad(prompt, (1, 0), value=arch.vocab_size)
+    generator = TokenGenerator(network, 3, SamplingOptions(1.0, 0.8), 512)
+    captured = [generator(begun, 100, [1, 2, 3], text) for text in texts]
+    generator._graph = None
+    assert all(torch.equal(ids, generator(begun, 100, [1, 2, 3], text)) for ids, text in zip(captured, texts, strict=True))
+    whole, cache = network.prefill(begun, network.new_cache(3, 512), texts[0]), network.new_cache(3, 512)
+    network.prefill(begun[:, :-4], cache, texts[0])
+    for at in range(477, 481):
+        logits = network.decode(begun[:, at], torch.tensor([at], device="cuda"), cache)
+    assert (logits - whole).norm() / whole.norm() < 0.04
 
 
 def test_offloading_frees_memory_and_changes_nothing(prompt):

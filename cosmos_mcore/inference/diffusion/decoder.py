@@ -46,11 +46,17 @@ class DiffusionDecoder:
         self.tokenizer = tokenizer
         self.text_embedding = text_embedding
         self.device = device
-        self._parking = Parking(tuple(network.parameters())) if offload else None
+        self._parking = Parking((*network.parameters(), *network.buffers())) if offload else None
 
     @classmethod
     def from_folder(
-        cls, folder: Path, device: torch.device, group: dist.ProcessGroup | None = None, *, offload: bool = False
+        cls,
+        folder: Path,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        *,
+        fp8: bool = False,
+        offload: bool = False,
     ) -> DiffusionDecoder:
         """Loads the released files.
 
@@ -58,6 +64,7 @@ class DiffusionDecoder:
             folder: of released models, with one folder for the network and one for the continuous tokenizer.
             device: where all is computed.
             group: 1, 2, 4 or 8 ranks that share the work; all of them decode together and get all frames.
+            fp8: round the large matrices and what they are multiplied with to 8 bits.
             offload: park the network in CPU memory while ``decode`` does not run.
 
         Raises:
@@ -75,6 +82,8 @@ class DiffusionDecoder:
         tokenizer = ContinuousDecoder.from_folder(folder / TOKENIZER_FOLDER, device)
         text = read_text(folder)
         network.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if fp8:
+            network.to_fp8()
         return cls(network, tokenizer, text, device, offload=offload)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ have the same noise level, so the layers' shifts, scales and gates are computed 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosmos_mcore.inference.diffusion import fp8
 from cosmos_mcore.inference.diffusion.attention import Attention
 from cosmos_mcore.inference.diffusion.rotary import FPS, rotary_table
 
@@ -113,6 +115,19 @@ class DiffusionNetwork(nn.Module):
         x = x.unflatten(2, (PATCH, PATCH, LATENT_CHANNELS)).unflatten(1, (frames, height, width))
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
+    def to_fp8(self) -> None:
+        """Rounds the weights of the large matrices in the blocks to 8 bits, those that all positions go through."""
+        for block in self.blocks.values():
+            to_itself, to_text, mlp = (part.block for part in block.blocks)
+            for attention, names in ((to_itself.attn, ("to_q", "to_k", "to_v", "to_out")), (to_text.attn, ("to_q", "to_out"))):
+                for name in names:
+                    layers = getattr(attention, name)
+                    layers[0] = fp8.Fp8Linear(layers[0])
+            mlp.layer1, mlp.layer2 = fp8.Fp8Linear(mlp.layer1), fp8.Fp8Linear(mlp.layer2)
+            mlp.activation = fp8.gelu
+            for part in block.blocks:
+                part.norm = fp8.modulated_norm
+
     def _embed(self, latent: Tensor, tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Joins the inputs of each latent pixel and makes positions [B, T*h*w, channels] of them."""
         batch, frames, height, width = tokens.shape
@@ -188,11 +203,12 @@ class _Residual(nn.Module):
         super().__init__()
         self.block = block
         self.adaLN_modulation = _modulation(size.channels, size.adaln_rank, 3)
+        self.norm: Callable[..., Any] = _modulated_norm
 
     def forward(self, x: Tensor, level: Tensor, lora: Tensor, *inputs: Any) -> Tensor:
         """Adds to ``x`` [B, S, channels] in place; ``inputs`` are the part's own."""
         shift, scale, gate = (self.adaLN_modulation(level) + lora)[0].chunk(3)
-        return x.addcmul_(gate, self.block(_modulated_norm(x, shift, scale), *inputs))
+        return x.addcmul_(gate, self.block(self.norm(x, shift, scale, _EPS), *inputs))
 
 
 class _Holder(nn.Module):
@@ -211,9 +227,10 @@ class _Mlp(nn.Module):
         super().__init__()
         self.layer1 = nn.Linear(channels, hidden, bias=False)
         self.layer2 = nn.Linear(hidden, channels, bias=False)
+        self.activation: Callable[[Tensor], Any] = F.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer2(F.gelu(self.layer1(x)))
+        return self.layer2(self.activation(self.layer1(x)))
 
 
 class _FinalLayer(nn.Module):
@@ -226,11 +243,13 @@ class _FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, level: Tensor, lora: Tensor) -> Tensor:
         shift, scale = (self.adaLN_modulation(level) + lora[:, : 2 * x.size(-1)])[0].chunk(2)
-        return self.linear(_modulated_norm(x, shift, scale))
+        return self.linear(_modulated_norm(x, shift, scale, _EPS))
 
 
-def flops_per_call(size: DiffusionSize, positions: int, batch: int, with_text: int, text_rows: int) -> float:
-    """Floating-point operations of the matrices and attention of one call; what is computed once per call is left out.
+def flops_per_call(
+    size: DiffusionSize, positions: int, batch: int, with_text: int, text_rows: int
+) -> tuple[float, float]:
+    """Floating-point operations of one call; what is computed once per call is left out.
 
     Args:
         size: of the network.
@@ -238,14 +257,17 @@ def flops_per_call(size: DiffusionSize, positions: int, batch: int, with_text: i
         batch: rows.
         with_text: rows with a text.
         text_rows: rows of the text's embedding.
+
+    Returns:
+        Those of the matrices, and those of attention.
     """
     width = size.channels
-    patch = (size.input_channels + LATENT_CHANNELS) * PATCH**2
-    per_row = (4 + 2 * _MLP_RATIO) * width**2 + 2 * positions * width
-    per_told_row = 2 * width**2 + 2 * text_rows * width
-    told_texts = 2 * size.text_channels * width * text_rows
-    per_block = positions * (batch * per_row + with_text * per_told_row) + with_text * told_texts
-    return 2.0 * (size.blocks * per_block + batch * positions * patch * width)
+    per_row, per_told_row = (4 + 2 * _MLP_RATIO) * width**2, 2 * width**2
+    matrices = positions * (batch * per_row + with_text * per_told_row)
+    matrices += with_text * 2 * size.text_channels * width * text_rows
+    patches = batch * positions * (size.input_channels + LATENT_CHANNELS) * PATCH**2 * width
+    attention = 2 * width * positions * (batch * positions + with_text * text_rows)
+    return 2.0 * (size.blocks * matrices + patches), 2.0 * size.blocks * attention
 
 
 def _modulation(channels: int, rank: int, parts: int) -> nn.Sequential:
@@ -255,9 +277,9 @@ def _modulation(channels: int, rank: int, parts: int) -> nn.Sequential:
     )
 
 
-def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Layer norm, times one plus the scale, plus the shift: to torch's one kernel, the norm's own gain and bias."""
-    return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, _EPS)
+    return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, eps)
 
 
 def _sinusoids(c_noise: float, channels: int, device: torch.device) -> Tensor:

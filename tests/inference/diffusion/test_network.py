@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cosmos_mcore.inference.diffusion import fp8
 from cosmos_mcore.inference.diffusion.network import DiffusionNetwork, DiffusionSize, flops_per_call
 from cosmos_mcore.inference.diffusion.rotary import rotary_angles
 from cosmos_mcore.inference.diffusion.sampler import c_noise, noise_generator, noise_levels, sample
@@ -93,7 +94,7 @@ def test_flops_of_a_call():
     width, rank = SMALL.channels, SMALL.adaln_rank
     parts = 3 * SMALL.blocks  # with shift, scale and gate each; the final layer has no gate
     from_noise_level = 4 * width**2 + parts * 4 * rank * width + 3 * rank * width
-    assert flops_per_call(SMALL, 18, 2, 1, 5) == counter.get_total_flops() - 2 * from_noise_level
+    assert sum(flops_per_call(SMALL, 18, 2, 1, 5)) == counter.get_total_flops() - 2 * from_noise_level
 
 
 @torch.no_grad()
@@ -103,6 +104,31 @@ def test_bfloat16_is_as_near_as_the_originals(golden):
     assert output.dtype == torch.bfloat16
     error = (output.float() - case["output"]).norm() / case["output"].norm()
     assert error < 1.5 * golden["bf16_run_relative_error_high_noise"]
+
+
+@torch.no_grad()
+def test_8_bits_are_near(golden):
+    network, case = golden_network(golden), golden["forward"][0]
+    network.to_fp8()
+    output = network(case["x"], case["tokens"][0].long(), case["crossattn_emb"], case["c_noise"], fps=case["fps"])
+    error = ((output - case["output"]).norm() / case["output"].norm()).item()
+    print(f"FP8: relative {error:.1e}")
+    assert 1e-3 < error < 0.1
+    assert sum(p.numel() for p in network.parameters()) < 0.4 * sum(p.numel() for p in golden_network(golden).parameters())
+
+
+def test_compiled_rounding_has_one_graph_without_breaks():
+    """What GPUs run; here without making code."""
+    x, shift, scale = torch.randn(2, 6, 16).bfloat16(), torch.randn(16).bfloat16(), torch.randn(16).bfloat16()
+    for function, arguments in (
+        (fp8._round, (x,)),
+        (fp8._gelu_and_round, (x,)),
+        (fp8._norm_and_round, (x, shift, scale, 1e-6)),
+    ):
+        made = torch.compile(function, backend="eager", fullgraph=True)(*arguments)
+        expected = function(*arguments)
+        for part, other in zip(made, expected, strict=True):
+            assert torch.equal(part.float(), other.float())
 
 
 def test_compiled_norm_has_one_graph_without_breaks():
