@@ -1,0 +1,102 @@
+"""Prompts and the diffusion decoder through the command line, with small networks in the released files' layout."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from cosmos_mcore.config import RunConfig, to_yaml
+from cosmos_mcore.inference import main as command
+from cosmos_mcore.inference.video_io import write_mp4
+from cosmos_mcore.model.presets import resolve_arch
+from tests.checkpoint.models import save_model
+from tests.inference.diffusion import small
+from tests.inference.models import text_model_weights
+from tests.processes import ROOT, environment
+from tests.text.models import write_tiny_t5
+from tests.tokenizer.released import write_released
+
+BOX, SUN = "a red box moves left", "the sun"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Video2World model of ours with its config, and all that it needs, as downloaded."""
+    folder = tmp_path_factory.mktemp("prompts")
+    downloads = folder / "downloads"
+    config = RunConfig()
+    config.model.preset, config.model.num_layers, config.model.hidden_size = "5b-video2world", 2, 64
+    config.model.ffn_hidden_size, config.model.num_attention_heads = 96, 4
+    config.model.num_query_groups, config.model.kv_channels = 2, 16
+    config.data.height, config.data.width, config.data.num_frames = 32, 48, 17
+    config.data.prompt_cache = str(folder / "prompt_cache")
+    config.precision.dtype = "fp32"
+    config.tokenizer.name, config.tokenizer.path = "dv8x16x16", str(downloads / "Cosmos-Tokenize1-DV8x16x16-720p")
+    save_model(downloads / "Video2World" / "model.pt", text_model_weights(resolve_arch(config.model)))
+    (downloads / "Video2World" / "config.yaml").write_text(to_yaml(config))
+    write_released(Path(config.tokenizer.path))
+    small.write_released(downloads, replace(small.SMALL, vocab_size=64000, text_channels=1024))
+    write_tiny_t5(downloads / "google-t5" / "t5-11b")
+    steps = torch.linspace(0, 3, 17)[:, None, None] + torch.linspace(0, 5, 48)
+    write_mp4(folder / "clip.mp4", steps.sin().expand(17, 32, 48).expand(3, 17, 32, 48), 12)
+    return folder
+
+
+def arguments(folder, *more):
+    return ["--checkpoint_dir", str(folder / "downloads"), "--ar_model_dir", "Video2World", *map(str, more)]
+
+
+def generate(folder, *more):
+    script = [sys.executable, "examples/generate_video.py", *arguments(folder, "--disable_guardrail", *more)]
+    return subprocess.run(script, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+
+
+def frames(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    """A batch in which a prompt comes twice, and one line has none; with it, the encoder's work is done."""
+    batch, made = folder / "batch.jsonl", folder / "one"
+    prompts = ({"prompt": BOX}, {}, {"prompt": BOX + "\n"}, {"prompt": SUN})
+    batch.write_text("".join(json.dumps({**prompt, "visual_input": str(folder / "clip.mp4")}) + "\n" for prompt in prompts))
+    flags = ["--offload_diffusion_decoder", "--offload_text_encoder_model", "--offload_ar_model", "--offload_tokenizer"]
+    done = generate(folder, "--batch_input_path", batch, "--video_save_folder", made, "--temperature=0", *flags)
+    return done, made
+
+
+def test_a_batch_with_prompts(one_process):
+    done, made = one_process
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert sorted(path.name for path in made.iterdir()) == ["0.mp4", "2.mp4", "3.mp4"]
+    assert (made / "0.mp4").read_bytes() == (made / "2.mp4").read_bytes()
+    box, sun = frames(made / "0.mp4"), frames(made / "3.mp4")
+    assert box.shape == (17, 32, 48, 3)
+    assert abs(box - sun).mean() > 2
+    assert 'batch.jsonl, line 2: has no text in "prompt"' in done.stdout
+    assert "1 of 4 inputs gave no video" in done.stdout
+    assert "embedded 2 prompts" in done.stdout
+    assert done.stdout.count("(diffusion decoder)") == 1
+
+
+def test_two_processes_agree_and_need_no_text_encoder_for_known_prompts(folder, one_process, tmp_path):
+    hidden = (folder / "downloads" / "google-t5").rename(folder / "hidden")
+    try:
+        line = ["--input_type=text_and_video", f"--prompt={BOX}", f"--input_image_or_video_path={folder / 'clip.mp4'}"]
+        done = generate(
+            folder, *line, "--temperature=0", f"--video_save_folder={tmp_path}", "--num_gpus=2", "--compare"
+        )
+    finally:
+        hidden.rename(folder / "downloads" / "google-t5")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "loading the text encoder" not in done.stdout
+    assert (tmp_path / "output.mp4").is_file() and len(list(tmp_path.iterdir())) > 1
