@@ -51,7 +51,7 @@ def open_loader(config, index, rank=0, size=1, consumed=0, tokenizer=None, seed=
 
 def read(config, index, steps, **where):
     with open_loader(config, index, **where) as loader:
-        ids = [loader.next() for _ in range(steps)]
+        ids = [loader.next().ids for _ in range(steps)]
     return (
         torch.stack(ids)
         if ids
@@ -168,7 +168,7 @@ def test_consumed_samples_counts_all_replicas(folder):
     config = small_config(folder)
     with open_loader(config, index_clips(config.data), rank=1, size=2, consumed=40) as loader:
         assert loader.consumed_samples == 40
-        assert loader.next().shape == (2, 12)
+        assert loader.next().ids.shape == (2, 12)
         assert loader.consumed_samples == 44
 
 
