@@ -7,7 +7,21 @@ import hashlib
 import torch
 
 WORDS = (
-    "a the robot arm car road moves left right lifts red green box slowly and turns over rain night sun field".split()
+    "a",
+    "the",
+    "robot",
+    "arm",
+    "car",
+    "moves",
+    "left",
+    "right",
+    "lifts",
+    "red",
+    "box",
+    "and",
+    "turns",
+    "rain",
+    "sun",
 )
 
 
@@ -29,7 +43,7 @@ def drawn_embedding(prompt):
     return torch.nn.functional.pad(rows, (0, 0, 0, 512 - len(rows))).to(torch.bfloat16)
 
 
-def write_tiny_t5(folder, seed=0, **changes):
+def write_tiny_t5(folder, seed=0):
     """Writes a T5 as the hub has it, encoder and decoder, with embeddings as wide as T5-11B's; returns the folder."""
     import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -44,15 +58,7 @@ def write_tiny_t5(folder, seed=0, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     torch.manual_seed(seed)
-    sizes = {
-        "d_model": 1024,
-        "d_kv": 8,
-        "d_ff": 16,
-        "num_layers": 2,
-        "num_heads": 2,
-        "num_decoder_layers": 1,
-        **changes,
-    }
+    sizes = {"d_model": 1024, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "num_decoder_layers": 1}
     config = transformers.T5Config(vocab_size=len(vocabulary), **sizes)
     transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
     return folder
