@@ -6,23 +6,7 @@ import hashlib
 
 import torch
 
-WORDS = (
-    "a",
-    "the",
-    "robot",
-    "arm",
-    "car",
-    "moves",
-    "left",
-    "right",
-    "lifts",
-    "red",
-    "box",
-    "and",
-    "turns",
-    "rain",
-    "sun",
-)
+WORDS = ("a", "the", "robot", "arm", "car", "moves", "left", "right", "lifts", "red", "box", "turns", "rain", "sun")
 
 
 class DrawnEncoder:
