@@ -51,7 +51,7 @@ def read_clips(config: RunConfig, steps: int) -> list[Tensor]:
         replica_group=None,
         device=device,
     ) as loader:
-        batches = [loader.next().cpu() for _ in range(steps)]
+        batches = [loader.next().ids.cpu() for _ in range(steps)]
     release()
     return batches
 

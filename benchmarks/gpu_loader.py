@@ -190,7 +190,7 @@ def bench_loader(config: RunConfig, folder: Path) -> None:
         )
         loader.next()
         start = time.perf_counter()
-        found.append(torch.stack([loader.next() for _ in range(steps - 1)]))
+        found.append(torch.stack([loader.next().ids for _ in range(steps - 1)]))
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         print(f"loader: {name}: {4 * (steps - 1) / seconds:.1f} clips/s; steps ready {loader.ready_steps}", flush=True)

@@ -137,4 +137,15 @@ def num_microbatches(config: RunConfig, world_size: int) -> int:
 def run_dir(config: RunConfig) -> Path:
     """The run's folder: ``${OUTPUT_ROOT:-checkpoints}/PROJECT/GROUP/NAME``."""
     job = config.job
-    return Path(os.environ.get("OUTPUT_ROOT", "checkpoints")) / job.project / job.group / job.name
+    return _output_root() / job.project / job.group / job.name
+
+
+def prompt_cache_dir(config: RunConfig) -> Path:
+    """Where the prompts' embeddings lie: ``data.prompt_cache``, one folder for all runs if that is ``auto``."""
+    if config.data.prompt_cache == "auto":
+        return _output_root() / "prompt_cache"
+    return Path(config.data.prompt_cache).expanduser()
+
+
+def _output_root() -> Path:
+    return Path(os.environ.get("OUTPUT_ROOT", "checkpoints"))

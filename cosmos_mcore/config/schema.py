@@ -81,6 +81,9 @@ class DataConfig:
     token_cache: NonEmptyStr | None = "auto"  # folder that keeps ids; auto: below the run's folder; null: nowhere
     token_cache_gb: PositiveFloat = 100.0  # its largest size; beyond it, what was used longest ago is deleted
     validation_path: NonEmptyStr | NonEmptyList | None = None  # videos that are never trained on; None: no validation
+    # Text-to-video models only: a JSONL file with the prompts of all videos; None: a .txt beside each video.
+    prompts: NonEmptyStr | None = None
+    prompt_cache: NonEmptyStr = "auto"  # folder with the prompts' embeddings; auto: beside the projects' folders
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""How the ranks of a model replica share the clips of a step: each reads some, all get the ids of all."""
+"""How the ranks of a model replica share the clips of a step: each reads some, all get the rows of all.
+
+A clip's row holds its ids and whatever other whole numbers the loader sends along.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,20 @@ _tags = itertools.count()
 
 
 class Exchange:
-    """Deals clips out to the ranks of a replica in turn, and brings their ids together. Not thread-safe.
+    """Deals clips out to the ranks of a replica in turn, and brings their rows together. Not thread-safe.
 
     Several may use one group at the same time, each from a thread of its own: messages carry the number of the
     exchange, which is the same on all ranks as long as they make their exchanges in the same order.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, num_tokens: int) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, row_length: int) -> None:
         """Takes the ranks.
 
         Args:
             group: the replica's ranks, through gloo (None: this rank alone).
-            num_tokens: ids of one clip.
+            row_length: numbers of one clip.
         """
-        self._group, self._num_tokens, self._tag = group, num_tokens, next(_tags)
+        self._group, self._row_length, self._tag = group, row_length, next(_tags)
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
         self._ranks = [0] if group is None else dist.get_process_group_ranks(group)
 
@@ -35,15 +38,15 @@ class Exchange:
         return number % self.size
 
     def gather(self, first: int, count: int, mine: list[Tensor] | Exception) -> Tensor:
-        """Brings the ids of one step together; all ranks call it for the same step.
+        """Brings the rows of one step together; all ranks call it for the same step.
 
         Args:
             first: number of the step's first clip.
             count: clips of the step.
-            mine: ids [tokens] int32 of this rank's clips in their order, or why there are none.
+            mine: rows [row_length] int32 of this rank's clips in their order, or why there are none.
 
         Returns:
-            Ids [count, tokens], int32, on the CPU.
+            Rows [count, row_length], int32, on the CPU.
 
         Raises:
             Exception: ``mine`` if it is one; else an error that tells what has failed on another rank.
@@ -54,13 +57,13 @@ class Exchange:
             return torch.stack(mine)
         rows = -(-count // self.size)
         text = torch.zeros(_TEXT, dtype=torch.uint8)
-        ids = torch.zeros(rows * self._num_tokens, dtype=torch.int32)
+        ids = torch.zeros(rows * self._row_length, dtype=torch.int32)
         if isinstance(mine, Exception):
             # Cut so that no character is torn; never empty, since that means success.
             reason = f"{type(mine).__name__}: {mine}".encode()[:_TEXT].decode(errors="ignore").encode()
             text[: len(reason)] = torch.tensor(list(reason), dtype=torch.uint8)
         elif mine:
-            ids[: len(mine) * self._num_tokens] = torch.cat(mine)
+            ids[: len(mine) * self._row_length] = torch.cat(mine)
         received = self._send_to_all(torch.cat([text, ids.view(torch.uint8)]))
         self._raise_failure(received, mine)
         parts = [part[_TEXT:].clone().view(torch.int32).view(rows, -1) for part in received]

@@ -10,7 +10,7 @@ import itertools
 import os
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,10 @@ from cosmos_mcore.data.contents import FileContents
 from cosmos_mcore.data.images import check_image, is_image
 from cosmos_mcore.data.mp4 import Mp4File, UnreadableVideoError
 from cosmos_mcore.data.token_cache import cached_keys, check_settings, clip_settings, is_cache
+from cosmos_mcore.text.prompts import Prompts, find_prompts
 
 _PROBE_THREADS = 32
+_NO_TEXT = Prompts({}, {})
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Clip:
     stride: int
     num_frames: int
     content: bytes | None = None  # of the file, where only its ids are at hand: see data/token_cache.py
+    prompt: str | None = None  # of the file, if there is a model that reads it
 
     @property
     def frame_numbers(self) -> range:
@@ -76,9 +79,12 @@ class _ClipsOfFiles(Sequence[Clip]):
 class Clips(_ClipsOfFiles):
     """All clips of the usable files, by file and first frame."""
 
-    def __init__(self, files: Sequence[tuple[str, int]], config: DataConfig) -> None:
-        """Takes (path, number of clips) of each file."""
+    def __init__(
+        self, files: Sequence[tuple[str, int]], config: DataConfig, prompts: Mapping[str, str] | None = None
+    ) -> None:
+        """Takes (path, number of clips) of each file, and the prompts by path."""
         self._paths = [path for path, _ in files]
+        self._prompts = prompts or {}
         self._ends = list(itertools.accumulate(count for _, count in files))
         self._interval, self._stride, self._num_frames = (
             config.start_frame_interval,
@@ -87,17 +93,23 @@ class Clips(_ClipsOfFiles):
         )
 
     def _clip(self, file: int, within: int) -> Clip:
-        return Clip(self._paths[file], within * self._interval, self._stride, self._num_frames)
+        path = self._paths[file]
+        return Clip(path, within * self._interval, self._stride, self._num_frames, prompt=self._prompts.get(path))
 
 
 class CachedClips(_ClipsOfFiles):
-    """The clips whose ids a token cache has, by file and first frame."""
+    """The clips whose ids a token cache has, by file and first frame.
 
-    def __init__(self, folder: Path, config: DataConfig) -> None:
-        """Reads what the cache has.
+    Attributes:
+        paths: of the files.
+        skipped: the files left out since they have no prompt.
+    """
+
+    def __init__(self, folder: Path, config: DataConfig, text: bool = False) -> None:
+        """Reads what the cache has; ``text`` as in ``index_clips``.
 
         Raises:
-            ValueError: if it was made with other settings, or has no clip for these.
+            ValueError: if it was made with other settings, or has no clip for these, or no prompt is found.
         """
         check_settings(folder, clip_settings(config))
         self._stride, self._num_frames = config.frame_stride, config.num_frames
@@ -106,15 +118,21 @@ class CachedClips(_ClipsOfFiles):
             if key.first_frame % config.start_frame_interval == 0:
                 firsts.setdefault(key.content, []).append(key.first_frame)
         contents = sorted(FileContents(folder).paths().items())
-        self._files = [(path, content) for path, content in contents if content in firsts]
+        files = [(path, content) for path, content in contents if content in firsts]
+        if not files:
+            raise ValueError(f"data.path={folder}: this token cache is empty; fill it: scripts/tokenize_videos.py")
+        prompts = find_prompts([path for path, _ in files], config.prompts) if text else _NO_TEXT
+        self.skipped = [SkippedFile(path, reason) for path, reason in prompts.missing.items()]
+        self._prompts = prompts.by_path
+        self._files = [(path, content) for path, content in files if path not in prompts.missing]
+        self.paths = [path for path, _ in self._files]
         self._firsts = {content: array("I", numbers) for content, numbers in firsts.items()}
         self._ends = list(itertools.accumulate(len(self._firsts[content]) for _, content in self._files))
-        if not self._files:
-            raise ValueError(f"data.path={folder}: this token cache is empty; fill it: scripts/tokenize_videos.py")
 
     def _clip(self, file: int, within: int) -> Clip:
         path, content = self._files[file]
-        return Clip(path, self._firsts[content][within], self._stride, self._num_frames, content)
+        first = self._firsts[content][within]
+        return Clip(path, first, self._stride, self._num_frames, content, self._prompts.get(path))
 
 
 def _locate(ends: list[int], number: int) -> tuple[int, int]:
@@ -142,7 +160,7 @@ class ClipIndex:
     source_sizes: list[int] | None = None
 
 
-def index_clips(config: DataConfig) -> ClipIndex:
+def index_clips(config: DataConfig, text: bool = False) -> ClipIndex:
     """Finds the MP4 files under ``config.path`` and the clips in them.
 
     Folders are searched recursively, and the file extension may be in capitals, too (the original does neither).
@@ -151,18 +169,22 @@ def index_clips(config: DataConfig) -> ClipIndex:
     first one can be decoded. With ``num_frames`` 1, an image is a file with one clip.
 
     Args:
-        config: read are ``path``, ``weights``, ``num_frames``, ``frame_stride`` and ``start_frame_interval``; where the
-            path is a token cache, the clips are those that it has, in the order of their files' paths.
+        config: read are ``path``, ``weights``, ``num_frames``, ``frame_stride``, ``start_frame_interval`` and
+            ``prompts``; where the path is a token cache, the clips are those that it has, in the order of their files'
+            paths.
+        text: whether the clips need prompts; a file without one is not usable then.
 
     Raises:
         ValueError: if a path does not exist, there is no MP4 file, or none of them is usable.
     """
     if is_cache(config.path):
-        return ClipIndex(CachedClips(Path(str(config.path)).expanduser(), config), [])
+        clips = CachedClips(Path(str(config.path)).expanduser(), config, text)
+        return ClipIndex(clips, clips.skipped)
     groups = _find_groups(config)
     paths = [path for group in groups for path in group]
+    prompts = find_prompts(paths, config.prompts) if text else _NO_TEXT
     with ThreadPoolExecutor(_PROBE_THREADS, thread_name_prefix="index") as pool:
-        results = list(pool.map(lambda path: _count_clips(path, config), paths))
+        results = list(pool.map(lambda path: _count_clips(path, config, prompts.missing), paths))
     skipped = [result for result in results if isinstance(result, SkippedFile)]
     files = [(path, result) for path, result in zip(paths, results, strict=True) if isinstance(result, int)]
     if not files:
@@ -171,15 +193,17 @@ def index_clips(config: DataConfig) -> ClipIndex:
             f"the first, {skipped[0].path}, {skipped[0].reason}"
         )
     if config.weights is None:
-        return ClipIndex(Clips(files, config), skipped)
+        return ClipIndex(Clips(files, config, prompts.by_path), skipped)
     counts = dict(files)
     sizes = [sum(counts.get(path, 0) for path in group) for group in groups]
     if 0 in sizes:
         raise ValueError(f"data.path: {config.path[sizes.index(0)]} has a weight but no usable clip; leave both out")
-    return ClipIndex(Clips(files, config), skipped, sizes)
+    return ClipIndex(Clips(files, config, prompts.by_path), skipped, sizes)
 
 
-def _count_clips(path: str, config: DataConfig) -> int | SkippedFile:
+def _count_clips(path: str, config: DataConfig, no_prompt: Mapping[str, str]) -> int | SkippedFile:
+    if path in no_prompt:
+        return SkippedFile(path, no_prompt[path])
     span = (config.num_frames - 1) * config.frame_stride + 1
     try:
         if is_image(path):
@@ -201,6 +225,19 @@ def find_files(config: DataConfig) -> list[str]:
         ValueError: if a path does not exist or cannot be read, or there is no MP4 file.
     """
     return [path for group in _find_groups(config) for path in group]
+
+
+def prompts_of(config: DataConfig) -> Prompts:
+    """The prompts of all videos that ``config.path`` names, without opening these.
+
+    Raises:
+        ValueError: as ``find_files``, and if no video has a prompt.
+    """
+    if is_cache(config.path):
+        paths = CachedClips(Path(str(config.path)).expanduser(), config).paths
+    else:
+        paths = find_files(config)
+    return find_prompts(paths, config.prompts)
 
 
 def _find_groups(config: DataConfig) -> list[list[str]]:

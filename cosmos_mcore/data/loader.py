@@ -1,4 +1,4 @@
-"""Batches of token ids for each optimizer step, read ahead of training."""
+"""Token ids, and the texts that go with them, for each optimizer step, read ahead of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
@@ -23,10 +25,27 @@ from cosmos_mcore.data.exchange import Exchange
 from cosmos_mcore.data.index import Clip, ClipIndex, SkippedFile
 from cosmos_mcore.data.mp4 import UnreadableVideoError
 from cosmos_mcore.data.sampler import ClipSampler
+from cosmos_mcore.text.cache import EmbeddingCache
 from cosmos_mcore.tokenizer.base import VideoTokenizer
 
 _CLOSE_SECONDS = 10.0
 _POLL_SECONDS = 0.002
+
+
+class Batch(NamedTuple):
+    """What one step of a model replica learns from.
+
+    Attributes:
+        ids: [B, tokens of a clip].
+        context: embeddings [B, text length, text width] of the clips' prompts, bf16; None for models without text.
+    """
+
+    ids: Tensor
+    context: Tensor | None = None
+
+    def first(self, count: int) -> Batch:
+        """The first clips of the batch."""
+        return Batch(self.ids[:count], None if self.context is None else self.context[:count])
 
 
 @dataclass
@@ -45,7 +64,8 @@ class ClipLoader:
     as long as reading keeps up.
     Step n of the run takes the samples n·G to n·G + G - 1 of the sampler's stream (G: global batch size), replica r
     its r-th contiguous part, so what a step sees depends neither on the layout nor on interruptions. A clip that
-    cannot be read is replaced by another one that depends on the sample's position alone.
+    cannot be read is replaced by another one that depends on the sample's position alone. With the ids travels the
+    clip's number, which tells each rank the prompt; its embedding comes from a cache on disk.
     """
 
     def __init__(
@@ -61,6 +81,7 @@ class ClipLoader:
         replica_group: torch.distributed.ProcessGroup | None,
         device: torch.device,
         consumed_samples: int = 0,
+        embeddings: EmbeddingCache | None = None,
     ) -> None:
         """Starts reading ahead.
 
@@ -76,12 +97,14 @@ class ClipLoader:
                 ranks open them in the same order.
             device: where the tokenizer runs and the batches go.
             consumed_samples: samples that all replicas together have seen before this step.
+            embeddings: of the clips' prompts, which the index must have then; None: batches have no context.
 
         Raises:
             ValueError: if the decoder is not available, or the token cache was made with other settings.
         """
         assert config.training.global_batch_size % data_parallel_size == 0
-        self._clips, self._sampler = index.clips, sampler
+        assert len(index.clips) < 2**31  # a clip's number travels as one of the ids
+        self._clips, self._sampler, self._embeddings = index.clips, sampler, embeddings
         self._clip_tokens = build_clip_tokens(config, tokenizer, device)
         self._global_batch_size = config.training.global_batch_size
         self._batch_size = self._global_batch_size // data_parallel_size
@@ -94,7 +117,7 @@ class ClipLoader:
         self._unreadable: set[int] = set()  # numbers of clips that failed
         self._lock = threading.Lock()
 
-        self._exchange = Exchange(replica_group, layout.num_tokens)
+        self._exchange = Exchange(replica_group, layout.num_tokens + 1)
         ahead = config.data.prefetch_steps
         self._shared_ahead = ahead
         # With fewer clips in a step than ranks, a rank has a clip in every few steps only and must look further ahead.
@@ -102,7 +125,7 @@ class ClipLoader:
         self._next_step_to_read, self._clips_dealt = consumed_samples, 0
         self._reading: deque[_Step] = deque()  # steps that are read, and not yet shared
         self._sharing: queue.Queue[_Step | None] = queue.Queue()
-        self._shared: queue.Queue[Tensor | Exception] = queue.Queue()
+        self._shared: queue.Queue[Batch | Exception] = queue.Queue()
         self._steps_shared = self._steps_taken = 0
         threads = max(config.data.num_workers, self._clip_tokens.parallel_clips)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="clip")
@@ -122,27 +145,28 @@ class ClipLoader:
         """Ends the background threads."""
         self.close()
 
-    def next(self) -> Tensor:
+    def next(self) -> Batch:
         """Takes the clips of the next step, after waiting for them if need be; the GPU is not waited for.
 
         Returns:
-            Ids [global_batch_size / data_parallel_size, tokens of a clip], int64, on the device.
+            global_batch_size / data_parallel_size clips, ids int64, on the device.
 
         Raises:
-            ValueError: if no clip can be read any more.
+            ValueError: if no clip can be read any more, or an embedding is gone.
             RuntimeError: if another rank of the replica has left.
         """
         self._advance(1)
-        ids = self._shared.get()
+        batch = self._shared.get()
         self._steps_taken += 1
-        if isinstance(ids, Exception):
-            raise ids
+        if isinstance(batch, Exception):
+            raise batch
         self.consumed_samples += self._global_batch_size
-        return ids.to(self._device, non_blocking=True).to(torch.int64)
+        ids = batch.ids.to(self._device, non_blocking=True).to(torch.int64)
+        return Batch(ids, None if batch.context is None else batch.context.to(self._device, non_blocking=True))
 
     @property
     def ready_steps(self) -> int:
-        """Steps whose ids lie ready at this moment."""
+        """Steps whose clips lie ready at this moment."""
         return self._shared.qsize()
 
     @property
@@ -151,7 +175,7 @@ class ClipLoader:
         return len(self._clips)
 
     def ready(self, seconds: float = 0.0) -> bool:
-        """Whether ``next`` would not have to wait; waits for the next step's ids up to ``seconds``."""
+        """Whether ``next`` would not have to wait; waits for the next step's clips up to ``seconds``."""
         deadline = time.monotonic() + seconds
         while not self.ready_steps:
             if time.monotonic() >= deadline:
@@ -225,13 +249,37 @@ class ClipLoader:
             except Exception as error:
                 mine = error
             try:
-                ids = self._exchange.gather(step.first, self._batch_size, mine)
-                self._shared.put(ids.pin_memory() if self._device.type == "cuda" else ids)
+                shared = self._exchange.gather(step.first, self._batch_size, mine)
+                batch = Batch(shared[:, :-1].contiguous(), self._context(shared[:, -1].tolist()))
+                if self._device.type == "cuda":
+                    batch = Batch(*(part if part is None else part.pin_memory() for part in batch))
+                self._shared.put(batch)
             except Exception as error:
                 self._shared.put(error)
 
+    def _context(self, numbers: list[int]) -> Tensor | None:
+        """Embeddings [B, text length, text width] of these clips' prompts."""
+        if self._embeddings is None:
+            return None
+        texts = []
+        for number in numbers:
+            clip = self._clips[number]
+            assert clip.prompt is not None, "an index without prompts"
+            text = self._embeddings.read(clip.prompt)
+            if text is None:
+                raise ValueError(
+                    f"the embedding of the prompt of {clip.path} is missing or damaged in {self._embeddings.folder}; "
+                    "run scripts/embed_prompts.py with this config, then start the run again"
+                )
+            texts.append(text)
+        return torch.stack(texts)
+
     def _load(self, position: int, number: int) -> Tensor:
-        """Ids [tokens] int32 on the CPU of the sample at ``position``: clip ``number`` or, if unreadable, another."""
+        """The sample at ``position``: clip ``number`` or, if unreadable, another.
+
+        Returns:
+            The clip's ids and its number, [tokens + 1] int32, on the CPU.
+        """
         for candidate in itertools.chain([number], self._sampler.replacements(position)):
             ids = self._try_load(candidate)
             if ids is not None:
@@ -252,7 +300,7 @@ class ClipLoader:
             self._unreadable.add(number)
             self._report([SkippedFile(clip.path, str(error))])
             return None
-        return torch.from_numpy(ids.astype("int32"))
+        return torch.from_numpy(np.append(ids, number).astype(np.int32))
 
     def _report(self, files: Iterable[SkippedFile]) -> None:
         """Remembers each bad file once: another clip of it may fail later, in another thread."""

@@ -6,14 +6,11 @@ import argparse
 import json
 import logging
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from tqdm import tqdm
 
 from cosmos_mcore.config import RunConfig, load_config
 from cosmos_mcore.config.validate import validate
@@ -22,6 +19,7 @@ from cosmos_mcore.data.index import Clip, ClipIndex, SkippedFile, index_clips
 from cosmos_mcore.data.mp4 import UnreadableVideoError
 from cosmos_mcore.data.token_cache import cached_keys, is_cache, merge
 from cosmos_mcore.parallel.command_line import configure_logging
+from cosmos_mcore.parallel.parts import PART_HELP, device_of, part_of, progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces keys of the file")
     parser.add_argument("--output", type=Path, help="the token cache; default: data.token_cache of the config")
-    parser.add_argument("--part", help="I/N: this process does the I-th of N equal parts, from 0; default: torchrun's")
+    parser.add_argument("--part", help=PART_HELP)
     parser.add_argument("--merge", type=Path, nargs="+", default=[], help="token caches to copy into the output first")
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
@@ -68,7 +66,7 @@ def main(arguments: list[str]) -> int:
         logger.info("copied %d files of %s", merge(source, folder), source)
     if is_cache(config.data.path):
         raise ValueError(f"data.path={config.data.path} is a token cache already; name the videos")
-    part = _part(args.part)
+    part = part_of(args.part)
     index = index_clips(config.data)
     outcome = fill(config, index, part)
     note_dropped(folder, part, list(outcome.dropped.values()))
@@ -91,25 +89,17 @@ def fill(config: RunConfig, index: ClipIndex, part: tuple[int, int]) -> Outcome:
     Raises:
         ValueError: if the cache was made with other settings, or the tokenizer's files are wrong.
     """
-    import torch
-
     from cosmos_mcore.data.clip_tokens import build_clip_tokens
     from cosmos_mcore.tokenizer.build import build_tokenizer
 
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", part[0])) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = device_of(part)
     tokens = build_clip_tokens(config, build_tokenizer(config, device), device)
     assert tokens.cache is not None
     outcome = Outcome()
     outcome.dropped = {file.path: file for file in index.skipped} if part[0] == 0 else {}
     # Contiguous parts: a file is hashed by one process, seldom by two.
     numbers = range(len(index.clips) * part[0] // part[1], len(index.clips) * (part[0] + 1) // part[1])
-    place = int(os.environ.get("LOCAL_RANK", "0"))  # one line of the terminal for each process
-    seconds = 1 if sys.stderr.isatty() else 30
-    title = f"part {part[0]} of {part[1]}"
-    bar = tqdm(total=len(numbers), unit="clip", desc=title, dynamic_ncols=True, mininterval=seconds, position=place)
+    bar = progress_bar(len(numbers), "clip", part)
     threads = max(config.data.num_workers, tokens.parallel_clips)
     try:
         with ThreadPoolExecutor(threads, thread_name_prefix="clip") as pool:
@@ -178,12 +168,3 @@ def _in_order(
         if len(waiting) >= ahead:
             yield waiting.popleft()
     yield from waiting
-
-
-def _part(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    which, _, count = text.partition("/")
-    if not (which.isdigit() and count.isdigit() and int(which) < int(count)):
-        raise ValueError(f"--part {text} must be I/N with I from 0 to N - 1, for example 0/8")
-    return int(which), int(count)

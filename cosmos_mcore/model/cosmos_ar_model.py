@@ -97,13 +97,16 @@ class CosmosARModel(LanguageModule):
             tokens: [B, S] int64. In training S is the padded length (under context parallelism: this rank's slice of
                 it, in zig-zag order).
             labels: [B, S] int64, the next token of every position; None: return logits.
-            context: text embeddings [text length, B, context size] of a text-to-video model, on every stage.
+            context: text embeddings [text length, B, context size] of a text-to-video model, of any float dtype, on
+                every stage.
 
         Returns:
             Hidden states [S, B, hidden] on stages before the last; there ``TokenLosses`` if labels are given, else this
             rank's part of the logits [S, B, V / TP] in the model's dtype.
         """
         hidden = self.embedding(tokens, None) if self.pre_process else None
+        if context is not None:
+            context = context.to(self.config.params_dtype)
         hidden = self.decoder(
             hidden,
             None,

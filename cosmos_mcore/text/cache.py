@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _SETTINGS = "embeddings.json"
 _ENCODER, _TENSOR = "encoder", "embedding"
-_BATCH = 16  # prompts encoded at once
+BATCH = 16  # prompts that are encoded at once
 _LOOK_THREADS = 32
 
 
@@ -127,8 +127,8 @@ class EmbeddingCache:
         missing = [prompt for prompt, embedding in found.items() if embedding is None]
         if missing:
             encoder = make_encoder()
-            for first in range(0, len(missing), _BATCH):
-                batch = missing[first : first + _BATCH]
+            for first in range(0, len(missing), BATCH):
+                batch = missing[first : first + BATCH]
                 found.update(zip(batch, self.add(batch, encoder), strict=True))
         return torch.stack([embedding for prompt in prompts if (embedding := found[prompt]) is not None])
 

@@ -83,7 +83,7 @@ class TextEncoder:
             raise ValueError(f"{folder} lacks {len(lacking)} of the text encoder's weights, for example {lacking[0]}")
         return cls(model.eval().requires_grad_(False).to(device), tokenizer, device, fingerprint)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Encodes a batch of prompts at once.
 

@@ -58,7 +58,7 @@ def _read_beside(path: str) -> tuple[str, str]:
     """The prompt, or an empty one and why."""
     file = Path(path).with_suffix(".txt")
     try:
-        return file.read_text(encoding="utf-8").strip(), f"has an empty prompt ({file})"
+        return file.read_text(encoding="utf-8-sig").strip(), f"has an empty prompt ({file})"
     except FileNotFoundError:
         return "", f"has no prompt ({file} does not exist)"
     except OSError as error:
@@ -81,7 +81,7 @@ def _from_file(paths: Sequence[str], file: Path) -> Prompts:
 def _lines(file: Path) -> Iterator[tuple[int, str, str]]:
     """Number from 1, path and prompt of each line."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(
             f"data.prompts={file} cannot be read ({error.strerror or error}); name a JSONL file, or null for a .txt "
@@ -95,9 +95,10 @@ def _lines(file: Path) -> Iterator[tuple[int, str, str]]:
         try:
             entry = json.loads(line)
             path, prompt = entry["visual_input"], entry["prompt"]
-        except (ValueError, KeyError, TypeError):
-            path = prompt = None
-        if not isinstance(path, str) or not isinstance(prompt, str):
+            good = isinstance(path, str) and isinstance(prompt, str) and prompt.encode() is not None
+        except (ValueError, KeyError, TypeError):  # half a character, which JSON can hold, is a ValueError, too
+            good = False
+        if not good:
             raise ValueError(
                 f'data.prompts={file}, line {number}: must be {{"visual_input": PATH, "prompt": TEXT}}, not {line[:80]}'
             )

@@ -31,7 +31,7 @@ def dry_run(config: RunConfig) -> str:
     """
     arch = resolve_arch(config.model)
     layout = derive_video_layout(config, arch.text_to_video)
-    index = index_clips(config.data)
+    index = index_clips(config.data, arch.text_to_video)
     build_tokenizer(config, cpu_mode.CPU)
     # torch's fake backend: the groups of the whole layout in one process, without communication.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes(config, world_size()))

@@ -10,20 +10,22 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from cosmos_mcore.data.loader import Batch
 from cosmos_mcore.parallel.agreement import largest
 from cosmos_mcore.training.setup import Run, eval_iters
+from cosmos_mcore.training.step import micro_batches
 from cosmos_mcore.training.token_stats import Stats, TokenStats
 
 
 @torch.no_grad()
-def run_forward(run: Run, stats: TokenStats, tokens: Tensor) -> None:
-    """Adds the clips ``tokens`` [B, tokens of a clip] to ``stats``, on all ranks of the replica; accuracy included."""
+def run_forward(run: Run, stats: TokenStats, batch: Batch) -> None:
+    """Adds the clips of ``batch`` to ``stats``, on all ranks of the replica; accuracy included."""
     config, model = run.config, run.model
     if config.parallel.overlap_param_gather:
         for chunk in model:  # Megatron would bring the weights up to date in the next training step
             chunk.start_param_sync(force_sync=True)
-    size = min(config.training.micro_batch_size, len(tokens))
-    parts = tokens.split(size)
+    size = min(config.training.micro_batch_size, len(batch.ids))
+    parts = micro_batches(batch.ids, batch.context, size)
     stats.start_step()
     stats.measure_accuracy = True
     _set_mode(model, training=False)
@@ -73,9 +75,10 @@ class Validation:
         return self._stats.read()
 
 
-def _forward_step(stats: TokenStats, iterator: Iterator[Tensor], model: Any) -> tuple[Any, Any]:
-    tokens, labels = stats.batch(next(iterator))
-    return model(tokens, labels), stats.reduce
+def _forward_step(stats: TokenStats, iterator: Iterator[tuple[Tensor, Tensor | None]], model: Any) -> tuple[Any, Any]:
+    video, text = next(iterator)
+    tokens, labels = stats.batch(video)
+    return model(tokens, labels, context=text), stats.reduce
 
 
 def _set_mode(model: Sequence[DistributedDataParallel], training: bool) -> None:

@@ -102,6 +102,10 @@ def _activation_bytes(config: RunConfig, arch: ModelArch) -> tuple[float, float]
     normed = 2 * hidden * stored / split
     # Query, key and value as projected, normed and turned; the output for attention and, in FP8, for its projection.
     heads = ((width + 2 * groups) + 2 * (width + groups) + groups + width) * number + (stored < number) * width * stored
+    if arch.context_size is not None:  # attention to text: its input, queries as projected and normed, its output
+        residuals += hidden * number / split
+        normed += hidden * stored / split
+        heads += 3 * width * number + (stored < number) * width * stored
     mlp = 2 * ffn * number + ffn * stored
     whole = residuals + normed + (heads + mlp) / tp
     return whole, hidden * number / split

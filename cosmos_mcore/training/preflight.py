@@ -8,12 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from cosmos_mcore.checkpoint.pointer import candidates
-from cosmos_mcore.config.derived import data_parallel_size, derive_video_layout, num_microbatches, run_dir
-from cosmos_mcore.config.schema import RunConfig
-from cosmos_mcore.data.index import find_files
+from cosmos_mcore.config.derived import (
+    data_parallel_size,
+    derive_video_layout,
+    num_microbatches,
+    prompt_cache_dir,
+    run_dir,
+)
+from cosmos_mcore.config.schema import DataConfig, RunConfig
+from cosmos_mcore.data.index import find_files, prompts_of
 from cosmos_mcore.data.token_cache import check_settings, clip_settings, is_cache
 from cosmos_mcore.model.presets import check_arch_layout, resolve_arch
 from cosmos_mcore.parallel.layout import check_num_microbatches, check_world_size, model_parallel_size
+from cosmos_mcore.text.cache import EmbeddingCache
 from cosmos_mcore.training.plan import estimate_memory
 
 
@@ -33,10 +40,10 @@ def preflight(config: RunConfig, world_size: int) -> None:
     count = processes(config, world_size)
     check_world_size(config, count)
     check_num_microbatches(config, num_microbatches(config, count))
-    if arch.text_to_video:
+    if config.data.prompts is not None and not arch.text_to_video:
         raise ValueError(
-            f"model.preset={config.model.preset} learns from video and text, and this version reads no prompts yet; "
-            "choose 1b, 4b or 12b"
+            f"data.prompts={config.data.prompts}, but model.preset={config.model.preset} reads no text; set "
+            "data.prompts to null, or choose 5b-video2world or 13b-video2world"
         )
     for folder in (config.data.path, config.data.token_cache):
         if is_cache(folder):
@@ -44,8 +51,11 @@ def preflight(config: RunConfig, world_size: int) -> None:
     if not is_cache(config.data.path):
         find_files(config.data)
     _check_tokenizer(config)
+    validation = replace(config.data, path=config.data.validation_path or config.data.path)
     if config.data.validation_path is not None:
-        find_files(replace(config.data, path=config.data.validation_path))
+        find_files(validation)
+    if arch.text_to_video:
+        _check_prompts(config, validation)
     if not candidates(run_dir(config) / "checkpoints"):
         _check_start(config.checkpoint.load)
     _check_writable(run_dir(config))
@@ -60,6 +70,18 @@ def _check_tokenizer(config: RunConfig) -> None:
                 f"tokenizer.path={config.tokenizer.path} has no {name}; download it with "
                 "scripts/download_autoregressive_checkpoints.py, or try tokenizer.name=haar"
             )
+
+
+def _check_prompts(config: RunConfig, validation: DataConfig) -> None:
+    """Sees that there are prompts, and embeddings of all of them."""
+    cache = EmbeddingCache(prompt_cache_dir(config))
+    prompts = [*prompts_of(config.data).by_path.values(), *prompts_of(validation).by_path.values()]
+    missing = cache.missing(prompts)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(set(prompts))} prompts have no embedding in {cache.folder} yet, for example "
+            f"'{missing[0][:60]}'; make them with scripts/embed_prompts.py and this config"
+        )
 
 
 def _check_start(load: str | None) -> None:
@@ -87,6 +109,7 @@ def derived_numbers(config: RunConfig, world_size: int) -> str:
         "run folder": run_dir(config),
         "model": f"{config.model.preset}: {arch.num_layers} layers, width {arch.hidden_size}",
         "clip": f"{config.data.num_frames} frames of {config.data.height}x{config.data.width}",
+        **({"prompts": _shown_prompts(config)} if arch.text_to_video else {}),
         "latent shape (T, H, W)": layout.latent_shape,
         "sequence length": f"{layout.sequence_length} (padded to {layout.padded_sequence_length})",
         "ignored first tokens": layout.num_ignored_tokens,
@@ -99,6 +122,10 @@ def derived_numbers(config: RunConfig, world_size: int) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def _shown_prompts(config: RunConfig) -> str:
+    return f"{config.data.prompts or 'a .txt beside each video'}, embeddings in {prompt_cache_dir(config)}"
 
 
 def _check_writable(folder: Path) -> None:

@@ -19,7 +19,13 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from cosmos_mcore.checkpoint.load import initialize_weights, load_any_weights
 from cosmos_mcore.checkpoint.resume import resume
-from cosmos_mcore.config.derived import VideoLayout, derive_video_layout, num_microbatches, run_dir
+from cosmos_mcore.config.derived import (
+    VideoLayout,
+    derive_video_layout,
+    num_microbatches,
+    prompt_cache_dir,
+    run_dir,
+)
 from cosmos_mcore.config.schema import DataConfig, RunConfig
 from cosmos_mcore.data.index import ClipIndex, index_clips
 from cosmos_mcore.data.loader import ClipLoader
@@ -28,6 +34,7 @@ from cosmos_mcore.model.builder import build_model
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.model.presets import ModelArch, resolve_arch
 from cosmos_mcore.parallel import initialize as groups
+from cosmos_mcore.text.cache import EmbeddingCache
 from cosmos_mcore.tokenizer.base import VideoTokenizer
 from cosmos_mcore.tokenizer.build import build_tokenizer
 from cosmos_mcore.training.gradients import mark_overwritten_gradients
@@ -77,30 +84,30 @@ def set_up(config: RunConfig) -> Run:
     arch = resolve_arch(config.model)
     layout = derive_video_layout(config, arch.text_to_video)
     device = groups.initialize(config.parallel, config.training.seed)
-    index = _shared_index(config.data)
+    index = _shared_index(config.data, arch.text_to_video)
     tokenizer = build_tokenizer(config, device)
     chunks, model, optimizer = build_trainable(config, arch, layout, device)
     progress = load_start(config, arch, chunks, optimizer)
     loader = _loader(
-        config, index, _sampler(config, index), tokenizer, layout, device, groups.replica_group(),
+        config, index, _sampler(config, index), tokenizer, arch, layout, device, groups.replica_group(),
         progress.consumed_samples,
     )  # fmt: skip
-    validation = _validation_loader(config, tokenizer, layout, device)
+    validation = _validation_loader(config, tokenizer, arch, layout, device)
     return Run(config, arch, layout, device, loader, chunks, model, optimizer, progress, tokenizer, validation)
 
 
 def _validation_loader(
-    config: RunConfig, tokenizer: VideoTokenizer, layout: VideoLayout, device: torch.device
+    config: RunConfig, tokenizer: VideoTokenizer, arch: ModelArch, layout: VideoLayout, device: torch.device
 ) -> ClipLoader | None:
     """An endless stream of validations, all of the same clips."""
     if config.data.validation_path is None:
         return None
     config = replace(config, data=replace(config.data, path=config.data.validation_path, weights=None))
-    index = _shared_index(config.data)
+    index = _shared_index(config.data, arch.text_to_video)
     length = eval_iters(config, len(index.clips)) * config.training.global_batch_size
     sampler = RoundSampler(len(index.clips), config.training.seed, length)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    return _loader(config, index, sampler, tokenizer, layout, device, groups.new_replica_group(timeout))
+    return _loader(config, index, sampler, tokenizer, arch, layout, device, groups.new_replica_group(timeout))
 
 
 def eval_iters(config: RunConfig, num_clips: int) -> int:
@@ -113,6 +120,7 @@ def _loader(
     index: ClipIndex,
     sampler: ClipSampler,
     tokenizer: VideoTokenizer,
+    arch: ModelArch,
     layout: VideoLayout,
     device: torch.device,
     group: dist.ProcessGroup,
@@ -129,6 +137,7 @@ def _loader(
         replica_group=group,
         device=device,
         consumed_samples=consumed_samples,
+        embeddings=EmbeddingCache(prompt_cache_dir(config)) if arch.text_to_video else None,
     )
 
 
@@ -196,8 +205,8 @@ def _sampler(config: RunConfig, index: ClipIndex) -> ClipSampler:
     return WeightedSampler(index.source_sizes, config.data.weights, config.training.seed)
 
 
-def _shared_index(data: DataConfig) -> ClipIndex:
+def _shared_index(data: DataConfig, text: bool) -> ClipIndex:
     """Rank 0 reads the folder for all ranks, so that they agree on it."""
-    box: list[Any] = [index_clips(data) if dist.get_rank() == 0 else None]
+    box: list[Any] = [index_clips(data, text) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -143,17 +143,14 @@ def forward_backward(
     Returns:
         Float32 [2] on the device: mean cross entropy and mean z-loss over the global batch, on every rank.
     """
-    micro_batches: list[tuple[Tensor, Tensor | None]] = [(part, None) for part in tokens.split(micro_batch_size)]
-    if context is not None:
-        texts = context.split(micro_batch_size)
-        micro_batches = [(part, text) for (part, _), text in zip(micro_batches, texts, strict=True)]
+    parts = micro_batches(tokens, context, micro_batch_size)
     zero_gradients(model)
-    iterators = [iter(micro_batches) for _ in model]
+    iterators = [iter(parts) for _ in model]
     reduced = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, positions),
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=list(model) if len(model) > 1 else model[0],
-        num_microbatches=len(micro_batches),
+        num_microbatches=len(parts),
         seq_length=positions.layout.padded_sequence_length,
         micro_batch_size=micro_batch_size,
         forward_only=False,
@@ -161,13 +158,25 @@ def forward_backward(
     return _mean_losses(reduced, tokens.device)
 
 
+def micro_batches(tokens: Tensor, context: Tensor | None, size: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Cuts ids [B, tokens of a clip] and texts [B, text length, width] into parts of ``size`` clips.
+
+    Returns:
+        Ids [size, tokens of a clip] and, as the model takes them, texts [text length, size, width] of each part.
+    """
+    parts = tokens.split(size)
+    if context is None:
+        return [(part, None) for part in parts]
+    texts = (text.transpose(0, 1).contiguous() for text in context.split(size))
+    return list(zip(parts, texts, strict=True))
+
+
 def _forward_step(
     positions: LossPositions, iterator: Iterator[tuple[Tensor, Tensor | None]], model: Any
 ) -> tuple[Any, Any]:
     video, text = next(iterator)
     tokens, labels = positions.batch(video)
-    context = None if text is None else text.transpose(0, 1).contiguous()
-    return model(tokens, labels, context=context), positions.reduce
+    return model(tokens, labels, context=text), positions.reduce
 
 
 def _mean_losses(reduced: list[dict[str, Tensor]], device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from cosmos_mcore.config.derived import run_dir
 from cosmos_mcore.data.encode import replaced_file
 from cosmos_mcore.data.index import Clip
+from cosmos_mcore.data.loader import Batch
 from cosmos_mcore.data.mp4 import UnreadableVideoError
 from cosmos_mcore.model.sequence import zigzag_positions
 from cosmos_mcore.training.evaluation import run_forward
@@ -55,18 +56,18 @@ class TeacherForcing:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="teacher-forcing") if self._draws else None
         self._drawing: Future[None] | None = None
 
-    def measure(self, iteration: int, tokens: Tensor, first_sample: int) -> None:
+    def measure(self, iteration: int, batch: Batch, first_sample: int) -> None:
         """Predicts a clip and starts drawing it. All ranks.
 
         Args:
             iteration: names the file.
-            tokens: [B, tokens of a clip], those of this replica's step.
+            batch: of this replica's step.
             first_sample: position of the step's first sample in the run's stream.
         """
         run = self._run
         # Megatron's interleaved schedule takes no fewer micro-batches than training's.
-        count = len(tokens) if len(run.model) > 1 else run.config.training.micro_batch_size
-        run_forward(run, self._stats, tokens[:count])
+        size = len(batch.ids)
+        run_forward(run, self._stats, batch.first(size if len(run.model) > 1 else run.config.training.micro_batch_size))
         predicted = self._whole_sequence(self._stats.predictions[0][:1]) if self._stats.predictions else None
         stats = self._stats.read()
         assert stats.token_accuracy is not None
@@ -78,8 +79,8 @@ class TeacherForcing:
             return
         if self._drawing is not None and not self._drawing.done():
             return  # the last picture is not finished; a slow disk must not pile them up
-        clip = run.loader.clip_at(first_sample + self._replica * len(tokens))
-        ids = tokens[0].clone()
+        clip = run.loader.clip_at(first_sample + self._replica * size)
+        ids = batch.ids[0].clone()
         self._drawing = self._pool.submit(self._draw_safely, iteration, clip, ids, predicted[0])
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from cosmos_mcore.config import run_dir, to_yaml
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.data.index import SkippedFile
+from cosmos_mcore.data.loader import Batch
 from cosmos_mcore.parallel.agreement import Exchange, gather_to_all, largest
 from cosmos_mcore.training.callbacks import (
     Callback,
@@ -140,7 +141,7 @@ class Trainer:
                 reason = self._wait_for_clips()
             if reason:
                 break
-            tokens = self.run.loader.next()
+            batch = self.run.loader.next()
             waited = time.perf_counter() - waiting_since
             # What the hosts have to tell each other travels while they are busy with the step.
             flags = Exchange((self.stops.poll(), not self.run.loader.ready(), *self.saver.flags()))
@@ -150,12 +151,12 @@ class Trainer:
             if pause and unread is not None:
                 unread()  # or the time of the step before would count to both
                 unread = None
-            started = self._start_step(tokens, waited)
+            started = self._start_step(batch, waited)
             if unread is not None:
                 unread()
             unread = started
             if self._interrupts(self.progress.iteration):
-                unread(partial(self._measure, tokens, waited))
+                unread(partial(self._measure, batch, waited))
                 unread = None
                 self.watch.restart()
             stop, clips_missing, *of_saver = flags.result()
@@ -171,7 +172,7 @@ class Trainer:
             unread()
         return reason
 
-    def _start_step(self, tokens: Tensor, waited: float) -> Callable[..., None]:
+    def _start_step(self, batch: Batch, waited: float) -> Callable[..., None]:
         """Starts the next step; what it returns waits for the step's end and reports it."""
         lr = learning_rate(self.config, self.progress.iteration)
         first_sample = self.progress.consumed_samples
@@ -179,9 +180,8 @@ class Trainer:
         self.positions.start_step()
         self.positions.measure_accuracy = reports
         set_learning_rate(self.run.optimizer, lr)
-        pending = train_step(
-            self.run.model, self.run.optimizer, self.positions, tokens, self.config.training.micro_batch_size
-        )
+        size = self.config.training.micro_batch_size
+        pending = train_step(self.run.model, self.run.optimizer, self.positions, batch.ids, size, batch.context)
         self.progress.iteration += 1
         self.progress.consumed_samples = self.run.loader.consumed_samples
         done, clip_losses = replace(self.progress), self.positions.clip_losses
@@ -214,12 +214,12 @@ class Trainer:
         intervals = (settings.teacher_forcing_interval, settings.straggler_interval)
         return self._validates(iteration) or any(every and iteration % every == 0 for every in intervals)
 
-    def _measure(self, tokens: Tensor, waited: float) -> Stats | None:
+    def _measure(self, batch: Batch, waited: float) -> Stats | None:
         """All that is measured between two steps; returns the validation's numbers, if they were."""
         iteration, settings = self.progress.iteration, self.config.logging
         if self.teacher_forcing is not None and iteration % (settings.teacher_forcing_interval or 1) == 0:
             first_sample = self.progress.consumed_samples - self.config.training.global_batch_size
-            self.teacher_forcing.measure(iteration, tokens, first_sample)
+            self.teacher_forcing.measure(iteration, batch, first_sample)
         if settings.straggler_interval is not None and iteration % settings.straggler_interval == 0:
             report_stragglers(self.run.device, iteration, waited)
         if self.validation is not None and self._validates(iteration):

@@ -48,13 +48,13 @@ def main(videos, folder, batch):
         )
 
     with open_loader() as loader:
-        found["ids"] = torch.stack([loader.next() for _ in range(6)]).tolist()
+        found["ids"] = torch.stack([loader.next().ids for _ in range(6)]).tolist()
         found["decoded"] = list(decoded)
         with open_loader() as other:
             found["same"] = []
             for step in range(6):
                 time.sleep(0.01 * ((step + rank) % 3))
-                found["same"].append(other.next().tolist())
+                found["same"].append(other.next().ids.tolist())
                 if step % 2:
                     loader.next()
         found["consumed_samples"] = loader.consumed_samples

@@ -79,7 +79,7 @@ def test_a_changed_or_vanished_file_is_not_served_from_the_cache(videos, tmp_pat
     without = read(config, index, steps=3)
     config.data.token_cache = str(tmp_path / "cache")
     with open_loader(config, index) as loader:
-        assert torch.equal(torch.stack([loader.next() for _ in range(3)]), without)
+        assert torch.equal(torch.stack([loader.next().ids for _ in range(3)]), without)
         assert "No such file" in loader.drain_skipped()[0].reason
 
 

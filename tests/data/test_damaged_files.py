@@ -85,7 +85,7 @@ def test_damaged_files(tmp_path, count):
         # Long enough for every clip to come up, which proves all of them; and, in the long run, for 3,000 clips more.
         steps = max(2 * len(index.clips), 3_600 if count >= 500 else 0) // BATCH + 2
         for step in range(steps):
-            assert loader.next().shape == (BATCH, 12)
+            assert loader.next().ids.shape == (BATCH, 12)
             drain(loader)
             if step * BATCH % 100 < BATCH:
                 memory[step * BATCH] = process.memory_info().rss / 2**20

@@ -1,6 +1,7 @@
 """Which clips a folder holds, what is skipped, and the errors for a wrong path."""
 
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -51,6 +52,20 @@ def test_clips_and_skipped_files(folder):
     assert reasons["short.mp4"] == "has 8 frames, a clip needs 9"
     assert reasons["audio.mp4"] == "has no video stream"
     assert "No such file" in reasons["gone.mp4"]
+
+
+def test_clips_with_prompts(folder, tmp_path):
+    lines = [f'{{"visual_input": "{folder}/{name}", "prompt": "{name}"}}' for name in ("b.mp4", "short.mp4")]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    index = index_clips(config(folder, prompts=str(tmp_path / "all.jsonl")), text=True)
+    assert list(index.clips) == [Clip(str(folder / "b.mp4"), first, 1, 9, prompt="b.mp4") for first in range(4)]
+    reasons = {os.path.relpath(file.path, folder): file.reason for file in index.skipped}
+    assert sorted(reasons) == ["a/c.MP4", "audio.mp4", "broken.mp4", "empty.mp4", "gone.mp4", "short.mp4"]
+    assert reasons["a/c.MP4"] == f"has no prompt in {tmp_path / 'all.jsonl'}"
+    assert reasons["short.mp4"] == "has 8 frames, a clip needs 9"
+    assert pickle.loads(pickle.dumps(index)).clips[3] == index.clips[3]  # rank 0 sends it to the others
+    with pytest.raises(ValueError, match="none of the 7 videos has a prompt; the first, .*c.MP4, has no prompt"):
+        index_clips(config(folder), text=True)
 
 
 def test_damaged_first_frame_is_found_at_once(tmp_path):

@@ -18,8 +18,10 @@ from cosmos_mcore.data.loader import ClipLoader
 from cosmos_mcore.data.mp4 import UnreadableVideoError
 from cosmos_mcore.data.sampler import ClipSampler
 from cosmos_mcore.data.transforms import normalize
+from cosmos_mcore.text.cache import EmbeddingCache
 from cosmos_mcore.tokenizer.build import build_tokenizer
 from tests.processes import run_ranks
+from tests.text.models import DrawnEncoder, drawn_embedding
 from tests.videos import write_test_clip
 
 CPU = torch.device("cpu")
@@ -34,7 +36,7 @@ def small_config(path="clips", global_batch_size=4, **data):
     return config
 
 
-def open_loader(config, index, rank=0, size=1, consumed=0, tokenizer=None, seed=5):
+def open_loader(config, index, rank=0, size=1, consumed=0, tokenizer=None, seed=5, embeddings=None):
     return ClipLoader(
         index,
         ClipSampler(len(index.clips), seed),
@@ -46,12 +48,13 @@ def open_loader(config, index, rank=0, size=1, consumed=0, tokenizer=None, seed=
         replica_group=None,
         device=CPU,
         consumed_samples=consumed,
+        embeddings=embeddings,
     )
 
 
 def read(config, index, steps, **where):
     with open_loader(config, index, **where) as loader:
-        ids = [loader.next() for _ in range(steps)]
+        ids = [loader.next().ids for _ in range(steps)]
     return (
         torch.stack(ids)
         if ids
@@ -90,7 +93,7 @@ class DrawnClips:
         time.sleep(self.delay)
         if clip.first_frame in self.unreadable:
             raise UnreadableVideoError(f"frame {clip.first_frame} is damaged")
-        draw = torch.Generator().manual_seed(clip.first_frame)
+        draw = torch.Generator().manual_seed(clip.first_frame + 1000 * ord(clip.path[0]))
         return torch.randint(0, 256, (9, 3, 32, 48), dtype=torch.uint8, generator=draw)
 
     def close(self):
@@ -157,6 +160,33 @@ def test_replacement_is_another_readable_clip(monkeypatch):
     assert all(tuple(found.flatten(0, 1)[i].tolist()) in usable for i in changed)
 
 
+def test_each_clip_brings_the_text_of_its_file(monkeypatch, tmp_path):
+    config, _, _ = drawn(monkeypatch, 1, unreadable=[2])
+    prompts = {"a.mp4": "rain", "b.mp4": "the sun", "c.mp4": "rain"}
+    index = ClipIndex(Clips([("a.mp4", 4), ("b.mp4", 3), ("c.mp4", 5)], config.data, prompts), [])
+    EmbeddingCache(tmp_path).embed(["rain", "the sun"], DrawnEncoder)
+    tokenizer, decoder = build_tokenizer(config, CPU), DrawnClips()
+    texts = {
+        tuple(tokenizer.encode(normalize(decoder.decode(clip))[None]).flatten().tolist()): prompts[clip.path]
+        for clip in index.clips
+    }
+    assert len(texts) == 12
+    with open_loader(config, index, embeddings=EmbeddingCache(tmp_path)) as loader:
+        batches = [loader.next() for _ in range(6)]
+    for batch in batches:
+        assert batch.context.shape == (4, 512, 1024) and batch.context.dtype == torch.bfloat16
+        expected = [drawn_embedding(texts[tuple(ids)]) for ids in batch.ids.tolist()]
+        assert torch.equal(batch.context, torch.stack(expected))
+        assert torch.equal(batch.first(1).context, batch.context[:1]) and len(batch.first(1).ids) == 1
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with (
+        open_loader(config, index, embeddings=EmbeddingCache(tmp_path)) as loader,
+        pytest.raises(ValueError, match=r"prompt of .\.mp4 is missing or damaged in .*embed_prompts\.py"),
+    ):
+        loader.next()
+
+
 def test_an_unreadable_clip_is_tried_once(monkeypatch):
     config, index, decoder = drawn(monkeypatch, 4, unreadable=[1])
     read(config, index, steps=10)
@@ -168,7 +198,7 @@ def test_consumed_samples_counts_all_replicas(folder):
     config = small_config(folder)
     with open_loader(config, index_clips(config.data), rank=1, size=2, consumed=40) as loader:
         assert loader.consumed_samples == 40
-        assert loader.next().shape == (2, 12)
+        assert loader.next().ids.shape == (2, 12)
         assert loader.consumed_samples == 44
 
 

@@ -45,7 +45,7 @@ def set_up_without_clips(config, arch) -> Run:
     with mock.patch.multiple(
         setup,
         resolve_arch=lambda _: arch,
-        _shared_index=lambda _: ClipIndex([None], []),
+        _shared_index=lambda *_: ClipIndex([None], []),
         build_tokenizer=lambda *_: None,
         ClipLoader=mock.Mock(),
     ):

@@ -1,0 +1,153 @@
+"""Training on videos and prompts: real runs of a tiny text-to-video model, with embeddings of a tiny T5."""
+
+import json
+import shutil
+
+import pytest
+
+from cosmos_mcore.config import load_config
+from cosmos_mcore.data import embed_prompts
+from cosmos_mcore.data.synthetic import make_shape_clips
+from cosmos_mcore.training.preflight import derived_numbers, preflight
+from tests.text.models import write_tiny_t5
+from tests.training.conftest import Command
+
+STEPS = 12
+HALF = STEPS // 2
+CONFIG = """
+job: {{project: tests, group: small, name: run}}
+model:
+  preset: 5b-video2world
+  num_layers: 2
+  hidden_size: 48
+  ffn_hidden_size: 64
+  num_attention_heads: 4
+  num_query_groups: 2
+  kv_channels: 12
+data:
+  path: {videos}
+  height: 64
+  width: 96
+  num_frames: 17
+  start_frame_interval: 8
+  prompts: {videos}/prompts.jsonl
+  prompt_cache: {cache}
+  token_cache: {videos}/tokens
+precision: {{dtype: fp32}}
+optimizer: {{lr: 4.0e-3}}
+schedule: {{warmup_iters: 2, decay_iters: 12}}
+training: {{train_iters: 12, global_batch_size: 4, micro_batch_size: 2}}
+checkpoint: {{save_interval: 6}}
+logging: {{tensorboard: false}}
+"""
+WORDS = ("robot arm", "red box", "car", "sun and rain", "a car turns left and the robot lifts the box", "right")
+
+
+def write_run(folder, videos):
+    """Prompts, their embeddings, and the config of a run on these videos; returns the config's path."""
+    lines = [
+        {"visual_input": video.name, "prompt": f"The {WORDS[number % len(WORDS)]} moves."}
+        for number, video in enumerate(videos)
+    ]
+    (videos[0].parent / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(videos=videos[0].parent, cache=folder / "cache"))
+    assert embed_prompts.main([str(path), "--text_encoder", str(write_tiny_t5(folder / "t5"))]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("video2world")
+    return write_run(folder, make_shape_clips(folder / "videos", num_clips=6, num_frames=25, height=64, width=96))
+
+
+def curve_of(run):
+    code, _, stderr = run.finish()
+    assert (code, stderr) == (0, "")
+    return run.metrics()
+
+
+@pytest.fixture(scope="module")
+def curve(config, tmp_path_factory):
+    """The numbers of one process's run, from the first step to the last."""
+    return curve_of(Command([config], tmp_path_factory.mktemp("whole")))
+
+
+def check_curve(found, expected):
+    assert [record["iteration"] for record in found] == [record["iteration"] for record in expected]
+    for name, tolerance in (("lm loss", 1e-5), ("z loss", 1e-5), ("grad norm", 1e-4)):
+        assert [record[name] for record in found] == pytest.approx([record[name] for record in expected], rel=tolerance)
+
+
+def test_it_learns(curve):
+    assert [record["iteration"] for record in curve] == list(range(1, STEPS + 1))
+    assert curve[-1]["lm loss"] < 0.9 * curve[0]["lm loss"]
+
+
+def test_other_layouts_and_a_resume_give_the_same_curve(command, config, curve):
+    tensor, pipeline = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+    found = curve_of(command(config, tensor, "parallel.sequence_parallel=true", f"training.train_iters={HALF}"))
+    check_curve(found, curve[:HALF])
+    check_curve(curve_of(command(config, pipeline)), curve)
+
+
+@pytest.mark.layouts
+@pytest.mark.parametrize(
+    "changes", [["parallel.context_parallel_size=2"], []], ids=["context parallel", "data parallel"]
+)
+def test_more_layouts(command, config, curve, changes):
+    check_curve(curve_of(command(config, *changes, torchrun=2)), curve)
+
+
+def test_without_the_videos_and_with_other_prompts(command, config, curve, tmp_path):
+    """The ids come from the token cache alone, in the order of files; a text that is another changes the numbers."""
+    videos = config.parent / "videos"
+    prompts = shutil.copy(videos / "prompts.jsonl", tmp_path)
+    lines = [json.loads(line) for line in (videos / "prompts.jsonl").read_text().splitlines()]
+    texts = [line["prompt"] for line in lines]
+    swapped = [
+        {"visual_input": str(videos / line["visual_input"]), "prompt": text}
+        for line, text in zip(lines, texts[1:] + texts[:1], strict=True)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, swapped)))
+    changes = (f"data.path={videos / 'tokens'}", f"data.prompts={prompts}", "training.train_iters=1")
+    (record,) = curve_of(command(config, *changes))
+    assert record["lm loss"] == pytest.approx(curve[0]["lm loss"], rel=1e-2)
+    assert record["lm loss"] != pytest.approx(curve[0]["lm loss"], rel=1e-7)
+
+
+def test_validation_and_teacher_forcing(command, config):
+    videos = config.parent / "videos"
+    changes = (f"data.validation_path={videos}", "training.eval_interval=2", "logging.teacher_forcing_interval=2")
+    run = command(config, *changes, "training.train_iters=2")
+    *_, last = curve_of(run)
+    assert last["validation lm loss"] < last["lm loss"] + 1
+    assert list((run.folder / "video_sampling_teacher_forcing").glob("*.jpg"))
+
+
+def test_real_clips(command, shared_dir, tmp_path):
+    videos = [shutil.copy(path, tmp_path) for path in sorted((shared_dir / "videos").glob("*.mp4"))]
+    path = write_run(tmp_path, [tmp_path / video.name for video in map(type(tmp_path), videos)])
+    curve = curve_of(command(path))
+    assert curve[-1]["lm loss"] < 0.95 * curve[0]["lm loss"]
+
+
+def refused(config, *changes):
+    with pytest.raises(ValueError) as caught:
+        preflight(load_config(config, changes), 1)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_mistakes_are_found_before_the_run(config, tmp_path):
+    preflight(load_config(config), 1)
+    assert f"embeddings in {config.parent / 'cache'}" in derived_numbers(load_config(config), 1)
+    message = refused(config, f"data.prompt_cache={tmp_path}")
+    assert f"6 of the 6 prompts have no embedding in {tmp_path} yet, for example 'The robot arm moves.'" in message
+    assert "make them with scripts/embed_prompts.py and this config" in message
+    assert "none of the 6 videos has a prompt" in refused(config, "data.prompts=null")
+    assert "cannot be read (No such file" in refused(config, f"data.prompts={tmp_path / 'nowhere'}")
+    assert "data.prompts=all.jsonl, but model.preset=4b reads no text; set data.prompts to null, or choose" in refused(
+        config, "model.preset=4b", "data.prompts=all.jsonl"
+    )
