@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 benchmarks/gpu_diffusion.py      # the processes share the latent frames
 
 One JSON line: seconds per network call (both guidance branches in one) and its share of the time that an H100 or H200
-would take for its matrices and attention at 989 TFLOP/s (matrices in FP8 twice that; 1.0: the floor is reached); seconds for everything from ids to
-frames, first with compiling and choosing kernels, then without; peak memory of decoding and memory between decodings.
+would take for its matrices and attention at 989 TFLOP/s, or for matrices in FP8 at twice that (1.0: the floor is
+reached); seconds for everything from ids to frames, first with compiling and choosing kernels, then without; peak
+memory of decoding and memory between decodings.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Item:
-    """One input: what to continue, the name of what is written, without suffix, and the text for models that read it."""
+    """One input: what to continue, the name of the result, without suffix, and the prompt where the model reads one."""
 
     source: Path
     name: str

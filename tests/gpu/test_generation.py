@@ -119,7 +119,9 @@ def test_a_model_that_reads_text(prompt):
     generator = TokenGenerator(network, 3, SamplingOptions(1.0, 0.8), 512)
     captured = [generator(begun, 100, [1, 2, 3], text) for text in texts]
     generator._graph = None
-    assert all(torch.equal(ids, generator(begun, 100, [1, 2, 3], text)) for ids, text in zip(captured, texts, strict=True))
+    assert all(
+        torch.equal(ids, generator(begun, 100, [1, 2, 3], text)) for ids, text in zip(captured, texts, strict=True)
+    )
     whole, cache = network.prefill(begun, network.new_cache(3, 512), texts[0]), network.new_cache(3, 512)
     network.prefill(begun[:, :-4], cache, texts[0])
     for at in range(477, 481):

@@ -79,7 +79,10 @@ def tokens(name, config, rank):
 @torch.no_grad()
 def video_to_world(config, rank):
     """Frames and text to ids, with the begin-of-video token that the golden case lacks, beside Megatron's pass."""
-    arch, layout = ModelArch(2, 64, 96, 4, 2, 16, embedding_size=64064, context_size=8), VideoLayout(17, (3, 2, 3), True, 19, 6)
+    arch, layout = (
+        ModelArch(2, 64, 96, 4, 2, 16, embedding_size=64064, context_size=8),
+        VideoLayout(17, (3, 2, 3), True, 19, 6),
+    )
     weights = text_model_weights(arch)
     chunks = build_model(config, arch, layout, torch.device("cpu"))
     set_weights(chunks, arch, weights.__getitem__)

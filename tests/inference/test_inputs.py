@@ -39,7 +39,9 @@ def test_lines_have_prompts_where_the_model_reads_text(tmp_path):
     assert len(failures.lines) == 3 and all("the model reads no text" in line for line in failures.lines)
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "no file"), (b"\n", "names no good input"), (b"\xff", "as text")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no file"), (b"\n", "names no good input"), (b"\xff", "as text")]
+)
 def test_a_batch_file_without_inputs_is_refused(tmp_path, content, message):
     file = tmp_path / "batch.jsonl"
     if content is not None:

@@ -149,7 +149,9 @@ class Encoder(HaarTokenizer):
 
 
 def test_the_diffusion_decoder_makes_the_frames(clips, decoder):
-    pipeline = VideoPipeline(CachedNetwork(random_weights(ARCH), ARCH, LAYOUT, NO_GROUP), lambda: Encoder(25), decoder=decoder)
+    pipeline = VideoPipeline(
+        CachedNetwork(random_weights(ARCH), ARCH, LAYOUT, NO_GROUP), lambda: Encoder(25), decoder=decoder
+    )
     made = pipeline.continue_videos(clips[:, :, :9], OPTIONS, [3, 4], num_frames=30)
     for video, seed in zip(made, (3, 4), strict=True):
         assert video.video.shape == (3, 30, 32, 48)

@@ -1,7 +1,6 @@
 """Prompts and the diffusion decoder through the command line, with small networks in the released files' layout."""
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from cosmos_mcore.checkpoint.names import original_shapes
 from cosmos_mcore.config import RunConfig, to_yaml
+from cosmos_mcore.config.schema import ModelConfig
+from cosmos_mcore.inference import assemble
 from cosmos_mcore.inference import main as command
 from cosmos_mcore.inference.video_io import write_mp4
 from cosmos_mcore.model.presets import resolve_arch
@@ -68,7 +70,9 @@ def one_process(folder):
     """A batch in which a prompt comes twice, and one line has none; with it, the encoder's work is done."""
     batch, made = folder / "batch.jsonl", folder / "one"
     prompts = ({"prompt": BOX}, {}, {"prompt": BOX + "\n"}, {"prompt": SUN})
-    batch.write_text("".join(json.dumps({**prompt, "visual_input": str(folder / "clip.mp4")}) + "\n" for prompt in prompts))
+    batch.write_text(
+        "".join(json.dumps({**prompt, "visual_input": str(folder / "clip.mp4")}) + "\n" for prompt in prompts)
+    )
     flags = ["--offload_diffusion_decoder", "--offload_text_encoder_model", "--offload_ar_model", "--offload_tokenizer"]
     done = generate(folder, "--batch_input_path", batch, "--video_save_folder", made, "--temperature=0", *flags)
     return done, made
@@ -100,3 +104,40 @@ def test_two_processes_agree_and_need_no_text_encoder_for_known_prompts(folder, 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "loading the text encoder" not in done.stdout
     assert (tmp_path / "output.mp4").is_file() and len(list(tmp_path.iterdir())) > 1
+
+
+def test_mistakes_are_one_line_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "configure_logging", lambda: None)
+    monkeypatch.setattr(command, "processes_to_start", lambda config: 0)
+    monkeypatch.setattr(assemble, "join_processes", lambda config: pytest.fail("went on"))
+    downloads, made = folder / "downloads", tmp_path / "made"
+    base = resolve_arch(ModelConfig("tiny", num_layers=1, hidden_size=64))
+    save_model(
+        downloads / "Base" / "model.pt", {name: torch.zeros(shape) for name, shape in original_shapes(base).items()}
+    )
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "Video2World").mkdir(parents=True)
+    for name in ("model.pt", "config.yaml"):
+        (elsewhere / "Video2World" / name).symlink_to(downloads / "Video2World" / name)
+    (elsewhere / small.NETWORK_FOLDER).symlink_to(downloads / small.NETWORK_FOLDER)
+    no_prompts = tmp_path / "batch.jsonl"
+    no_prompts.write_text(json.dumps({"visual_input": "clip.mp4"}) + "\n")
+    clip, there = ["--input_image_or_video_path", folder / "clip.mp4"], ["--checkpoint_dir", elsewhere]
+    unknown, plain = ["--prompt", "never embedded"], ["--ar_model_dir", "Base"]
+    for more, message in (
+        (clip, "is a Video2World model: say with --prompt"),
+        ([*clip, "--prompt", " "], "--prompt is empty"),
+        ([*clip, *plain, "--prompt", "a car"], "Base reads no text: leave --prompt"),
+        ([*clip, *plain, "--input_type=text_and_image"], "Base reads no text: leave --prompt"),
+        ([*clip, "--prompt", "a car", "--batch_input_path", no_prompts], "leave --prompt away"),
+        (["--batch_input_path", no_prompts], "names no good input"),
+        ([*clip, *there, *unknown], "mean_std.pt, which are not there; get it with scripts/download_"),
+        ([*clip, *there, *unknown, "--disable_diffusion_decoder"], "there is no text encoder in"),
+    ):
+        with pytest.raises(ValueError) as error:
+            command.main(arguments(folder, "--video_save_folder", made, *more))
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="there is no model in .*Cosmos-Predict1-5B-Video2World; fetch it"):
+        command.main(["--checkpoint_dir", str(elsewhere), "--prompt", "a car", *map(str, clip)])
+    assert list(made.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The diffusion decoder's matrix products in 8-bit floating point: weights and inputs rounded, with a scale for each row.
+"""The diffusion decoder's matrix products in 8-bit floating point: weights and inputs rounded, a scale for each row.
 
 An input is rounded together with what makes it (norm, GELU): on a GPU by one compiled kernel, which writes half the
 bytes. Sums are float32 within a product and come out in the dtype that the layer had.

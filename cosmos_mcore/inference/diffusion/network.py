@@ -119,7 +119,10 @@ class DiffusionNetwork(nn.Module):
         """Rounds the weights of the large matrices in the blocks to 8 bits, those that all positions go through."""
         for block in self.blocks.values():
             to_itself, to_text, mlp = (part.block for part in block.blocks)
-            for attention, names in ((to_itself.attn, ("to_q", "to_k", "to_v", "to_out")), (to_text.attn, ("to_q", "to_out"))):
+            for attention, names in (
+                (to_itself.attn, ("to_q", "to_k", "to_v", "to_out")),
+                (to_text.attn, ("to_q", "to_out")),
+            ):
                 for name in names:
                     layers = getattr(attention, name)
                     layers[0] = fp8.Fp8Linear(layers[0])
