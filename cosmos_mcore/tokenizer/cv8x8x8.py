@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cosmos_mcore.tokenizer.causal_layers import FrameNorm
 from cosmos_mcore.tokenizer.jit_file import read_jit_weights
-from cosmos_mcore.tokenizer.networks import Decoder, NetworkSize
-from cosmos_mcore.tokenizer.released_file import check_tensors
+from cosmos_mcore.tokenizer.networks import DECODER_NORM, Decoder, NetworkSize
+from cosmos_mcore.tokenizer.released_file import check_tensors, read_channels
 
 DECODER_FILE, STATISTICS_FILE = "decoder.jit", "mean_std.pt"
 LATENT_CHANNELS = 16
@@ -59,10 +59,8 @@ class ContinuousDecoder:
         """
         path = folder / DECODER_FILE
         weights = {name: tensor for name, tensor in read_jit_weights(path).items() if name not in _CONSTANTS}
-        norm = weights.get("decoder.norm_out.norm.weight")
-        if norm is None:
-            raise ValueError(f"{path} has no tensor decoder.norm_out.norm.weight; it is not the file of CV8x8x8")
-        network = Decoder(NetworkSize(spatial_compression=8, latent_channels=LATENT_CHANNELS, channels=len(norm) // 2))
+        channels = read_channels(path, "CV8x8x8", weights, *DECODER_NORM)
+        network = Decoder(NetworkSize(spatial_compression=8, latent_channels=LATENT_CHANNELS, channels=channels))
         check_tensors(path, "CV8x8x8", weights, network.state_dict())
         network.load_state_dict(weights)
         return cls(network, *_read_statistics(folder / STATISTICS_FILE), device)

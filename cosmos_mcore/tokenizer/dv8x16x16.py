@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ from cosmos_mcore.tokenizer.base import VideoTokenizer
 from cosmos_mcore.tokenizer.causal_layers import FrameNorm
 from cosmos_mcore.tokenizer.fsq import ids_to_codes, quantize
 from cosmos_mcore.tokenizer.jit_file import read_jit_weights
-from cosmos_mcore.tokenizer.networks import DV8X16X16, Decoder, Encoder, NetworkSize
-from cosmos_mcore.tokenizer.released_file import check_tensors
+from cosmos_mcore.tokenizer.networks import DECODER_NORM, DV8X16X16, ENCODER_NORM, Decoder, Encoder
+from cosmos_mcore.tokenizer.released_file import check_tensors, read_channels
 
 ENCODER_FILE, DECODER_FILE = "encoder.jit", "decoder.jit"
 
@@ -50,16 +51,13 @@ class ReleasedTokenizer(VideoTokenizer):
     batch: kernels chosen by batch size round differently, which changes a few ids.
     """
 
-    def __init__(
-        self, path: Path, pixel_chunk_duration: int, device: torch.device, size: NetworkSize = DV8X16X16
-    ) -> None:
+    def __init__(self, path: Path, pixel_chunk_duration: int, device: torch.device) -> None:
         """Loads the weights.
 
         Args:
             path: the folder with the two files.
             pixel_chunk_duration: frames of one chunk.
             device: where the networks run.
-            size: of the networks; not the released one only for small ones in tests.
 
         Raises:
             ValueError: if a file is missing or damaged, or its tensors are not those of this tokenizer.
@@ -68,9 +66,9 @@ class ReleasedTokenizer(VideoTokenizer):
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         weights = _read_weights(path / ENCODER_FILE, _ENCODER_CONSTANTS)
         self._weights = _hash_tensors(weights)
-        self._encoder = self._load(path / ENCODER_FILE, weights, Encoder(size), device)
+        self._encoder = self._load(path / ENCODER_FILE, weights, Encoder, ENCODER_NORM, device)
         weights = _read_weights(path / DECODER_FILE, _DECODER_CONSTANTS)
-        self._decoder = self._load(path / DECODER_FILE, weights, Decoder(size), device)
+        self._decoder = self._load(path / DECODER_FILE, weights, Decoder, DECODER_NORM, device)
         self._graphs = _Graphs(self._ids) if device.type == "cuda" else None
 
     @property
@@ -94,7 +92,16 @@ class ReleasedTokenizer(VideoTokenizer):
     def _ids(self, video: Tensor) -> Tensor:
         return quantize(self._encoder(video))
 
-    def _load(self, path: Path, weights: Mapping[str, Tensor], network: nn.Module, device: torch.device) -> nn.Module:
+    def _load(
+        self,
+        path: Path,
+        weights: Mapping[str, Tensor],
+        kind: type[Encoder] | type[Decoder],
+        norm: tuple[str, int],
+        device: torch.device,
+    ) -> nn.Module:
+        channels = read_channels(path, "DV8x16x16", weights, *norm)
+        network = kind(replace(DV8X16X16, channels=channels))
         check_tensors(path, "DV8x16x16", weights, network.state_dict())
         network.load_state_dict(weights)
         network.requires_grad_(False).eval()

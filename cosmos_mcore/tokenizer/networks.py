@@ -51,6 +51,9 @@ class NetworkSize:
 
 
 DV8X16X16 = NetworkSize(spatial_compression=16, latent_channels=6)
+# A norm of each network, and how many times the narrowest level it is wide.
+ENCODER_NORM = ("encoder.norm_out.norm.weight", _MULTIPLIERS[-1])
+DECODER_NORM = ("decoder.norm_out.norm.weight", _MULTIPLIERS[0])
 
 
 class Encoder(nn.Module):

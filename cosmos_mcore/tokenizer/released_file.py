@@ -28,3 +28,21 @@ def check_tensors(path: Path, owner: str, found: Mapping[str, Tensor], wanted: M
         if found[name].shape != wanted[name].shape:
             shapes = f"{list(found[name].shape)}, not {list(wanted[name].shape)}"
             raise ValueError(f"{path}: {name} has the shape {shapes}; it is another network's file")
+
+
+def read_channels(path: Path, owner: str, found: Mapping[str, Tensor], norm: str, multiple: int) -> int:
+    """Tells how wide a network's narrowest level is.
+
+    Args:
+        path: the file, for messages.
+        owner: as in ``check_tensors``.
+        found: the file's tensors.
+        norm: name of a norm's gain.
+        multiple: how many times the narrowest level that norm is wide.
+
+    Raises:
+        ValueError: if there is no such norm.
+    """
+    if norm not in found:
+        raise ValueError(f"{path} has no tensor {norm}; it is not the file of {owner}")
+    return found[norm].numel() // multiple

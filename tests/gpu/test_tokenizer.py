@@ -11,7 +11,7 @@ import torch
 from cosmos_mcore.tokenizer.dv8x16x16 import JitTokenizer, ReleasedTokenizer
 from cosmos_mcore.tokenizer.fsq import ids_to_codes, quantize
 from cosmos_mcore.tokenizer.networks import NetworkSize
-from tests.tokenizer.released import SMALL, write_released
+from tests.tokenizer.released import write_released
 from tests.tokenizer.test_networks import load
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +46,7 @@ def test_bfloat16(shared_dir: Path) -> None:
 
 
 def test_graphs_give_the_same_ids_from_many_threads(tmp_path: Path) -> None:
-    tokenizer = ReleasedTokenizer(write_released(tmp_path), 9, CUDA, SMALL)
+    tokenizer = ReleasedTokenizer(write_released(tmp_path), 9, CUDA)
     videos = [torch.rand(1, 3, frames, 32, 48, device=CUDA) * 2 - 1 for frames in (9, 1, 9, 9) * 8]
     expected = [tokenizer._ids(video) for video in videos]
     stream_of = [torch.cuda.Stream() for _ in range(4)]
@@ -65,4 +65,4 @@ def test_jit(tmp_path: Path) -> None:
     folder = write_released(tmp_path)
     video = torch.rand(2, 3, 9, 32, 32, device=CUDA) * 2 - 1
     ids = JitTokenizer(folder, 9, CUDA).encode(video)
-    assert (ids == ReleasedTokenizer(folder, 9, CUDA, SMALL).encode(video)).float().mean() > 0.7  # bfloat16 and float32
+    assert (ids == ReleasedTokenizer(folder, 9, CUDA).encode(video)).float().mean() > 0.7  # bfloat16 and float32
