@@ -118,18 +118,8 @@ class DiffusionNetwork(nn.Module):
     def to_fp8(self) -> None:
         """Rounds the weights of the large matrices in the blocks to 8 bits, those that all positions go through."""
         for block in self.blocks.values():
-            to_itself, to_text, mlp = (part.block for part in block.blocks)
-            for attention, names in (
-                (to_itself.attn, ("to_q", "to_k", "to_v", "to_out")),
-                (to_text.attn, ("to_q", "to_out")),
-            ):
-                for name in names:
-                    layers = getattr(attention, name)
-                    layers[0] = fp8.Fp8Linear(layers[0])
-            mlp.layer1, mlp.layer2 = fp8.Fp8Linear(mlp.layer1), fp8.Fp8Linear(mlp.layer2)
-            mlp.activation = fp8.gelu
-            for part in block.blocks:
-                part.norm = fp8.modulated_norm
+            assert isinstance(block, _Block)
+            block.to_fp8()
 
     def _embed(self, latent: Tensor, tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Joins the inputs of each latent pixel and makes positions [B, T*h*w, channels] of them."""
@@ -190,6 +180,20 @@ class _Block(nn.Module):
         to_text = Attention(width, size.text_channels, size.heads)
         mlp = _Mlp(width, _MLP_RATIO * width)
         self.blocks = nn.ModuleList(_Residual(part, size) for part in (_Holder(to_itself), _Holder(to_text), mlp))
+
+    def to_fp8(self) -> None:
+        """As ``DiffusionNetwork.to_fp8``."""
+        residuals: list[Any] = list(self.blocks)
+        to_itself, to_text, mlp = (residual.block for residual in residuals)
+        attentions = (to_itself.attn, ("to_q", "to_k", "to_v", "to_out")), (to_text.attn, ("to_q", "to_out"))
+        for attention, names in attentions:
+            for name in names:
+                layers = getattr(attention, name)
+                layers[0] = fp8.Fp8Linear(layers[0])
+        mlp.layer1, mlp.layer2 = fp8.Fp8Linear(mlp.layer1), fp8.Fp8Linear(mlp.layer2)
+        mlp.activation = fp8.gelu
+        for residual in residuals:
+            residual.norm = fp8.modulated_norm
 
     def forward(self, x: Tensor, text: Tensor, level: Tensor, lora: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Changes ``x`` [B, S, channels] in place and returns it."""
