@@ -1,12 +1,12 @@
 """How fast is the diffusion decoder? Random weights of the released size, 33 frames at 640x1024, bfloat16.
 
-    python benchmarks/gpu_diffusion.py [--fp8] [--offload]
+    python benchmarks/gpu_diffusion.py [--fp8] [--offload | --kernels]
     torchrun --nproc-per-node 2 benchmarks/gpu_diffusion.py      # the processes share the latent frames
 
 One JSON line: seconds per network call (both guidance branches in one) and its share of the time that an H100 or H200
 would take for its matrices and attention at 989 TFLOP/s, or for matrices in FP8 at twice that (1.0: the floor is
 reached); seconds for everything from ids to frames, first with compiling and choosing kernels, then without; peak
-memory of decoding and memory between decodings.
+memory of decoding and memory between decodings. ``--kernels`` adds milliseconds of each kernel in one network call.
 """
 
 from __future__ import annotations
@@ -16,13 +16,21 @@ import json
 import os
 import statistics
 import time
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder
-from cosmos_mcore.inference.diffusion.network import DiffusionNetwork, DiffusionSize, flops_per_call
+from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder, reflected
+from cosmos_mcore.inference.diffusion.network import (
+    LATENT_CHANNELS,
+    PATCH,
+    DiffusionNetwork,
+    DiffusionSize,
+    flops_per_call,
+)
 from cosmos_mcore.tokenizer.cv8x8x8 import CHUNK, ContinuousDecoder
 from cosmos_mcore.tokenizer.networks import Decoder, NetworkSize
 
@@ -73,6 +81,22 @@ class CallTimes:
         return torch.cuda.Event(enable_timing=True)
 
 
+def kernel_times(network: DiffusionNetwork, ids: Tensor, text: Tensor) -> dict[str, float]:
+    """Milliseconds of each kernel in one call of a network that has all frames; ids [8, h, w]."""
+    from torch.profiler import ProfilerActivity, profile
+
+    branches = torch.stack([ids, torch.zeros_like(ids)])
+    latent = torch.randn(1, LATENT_CHANNELS, CHUNK, PATCH * ids.size(1), PATCH * ids.size(2), device=ids.device)
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        network(latent, branches, text, 0.3)
+        torch.cuda.synchronize()
+    times: Counter[str] = Counter()
+    for event in recorded.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name[:70]] += event.time_range.elapsed_us() / 1000
+    return {name: round(milliseconds, 2) for name, milliseconds in times.most_common(14)}
+
+
 def main() -> None:
     """Decodes twice and prints the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,8 +105,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--fp8", action="store_true", help="round the large matrices and their inputs to 8 bits")
     parser.add_argument("--offload", action="store_true", help="park the network in CPU memory between decodings")
+    parser.add_argument("--kernels", action="store_true", help="also print the time of each kernel; one GPU only")
     args = parser.parse_args()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if args.kernels and (args.offload or ranks > 1):
+        parser.error("--kernels needs one GPU and no --offload")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     if ranks > 1:
@@ -90,6 +117,7 @@ def main() -> None:
     size = DiffusionSize()
     decoder = random_decoder(size, device, dist.group.WORLD if ranks > 1 else None, args.fp8, args.offload)
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     between = torch.cuda.memory_reserved()
     cells = (args.height // 16, args.width // 16)
     ids = torch.randint(size.vocab_size, ((args.frames + 7) // 8, *cells), generator=torch.Generator().manual_seed(1))
@@ -123,6 +151,9 @@ def main() -> None:
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "memory_between_gb": round(between / 1e9, 2),
     }
+    if args.kernels:
+        whole = ids[reflected(len(ids[:CHUNK]), CHUNK)].to(device)
+        line["kernels_ms"] = kernel_times(decoder.network, whole, decoder.text_embedding.to(device))
     if not ranks > 1 or dist.get_rank() == 0:
         print(json.dumps(line))
     if ranks > 1:
