@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -60,7 +60,8 @@ def read_batch_file(path: Path, with_prompts: bool, failures: Failures) -> list[
 
     Args:
         path: of the file.
-        with_prompts: whether the model reads text: each line has a prompt then, and none otherwise.
+        with_prompts: whether the model reads text: each line has a prompt then. Otherwise prompts are left out, with
+            one line in the log: one file may serve both kinds of models.
         failures: gets the lines that are wrong.
 
     Raises:
@@ -72,32 +73,36 @@ def read_batch_file(path: Path, with_prompts: bool, failures: Failures) -> list[
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as text: {error}") from None
-    items = []
+    items: list[Item] = []
     for number, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            items.append(_read_line(line, str(number), with_prompts))
+            item = _read_line(line, str(number))
+            if with_prompts and item.prompt is None:
+                raise ValueError('has no text in "prompt", which a Video2World model needs')
+            items.append(item)
         except ValueError as error:
             failures.add(f"{path}, line {number + 1}", error)
     if not items:
         prompt = '"prompt": "a cat jumps", ' if with_prompts else ""
         example = f'{{{prompt}"visual_input": "clip.mp4"}}'
         raise ValueError(f"{path} names no good input; give one JSON object per line: {example}")
+    if not with_prompts and any(item.prompt for item in items):
+        if is_rank_zero():
+            logger.warning("the prompts in %s are left out: the model reads no text", path)
+        items = [replace(item, prompt=None) for item in items]
     return items
 
 
-def _read_line(line: str, name: str, with_prompt: bool) -> Item:
+def _read_line(line: str, name: str) -> Item:
+    """One input; without a prompt if there is no text in it."""
     try:
         entry = json.loads(line)
         source, prompt = Path(entry["visual_input"]), entry.get("prompt")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError('is no JSON object with a path in "visual_input"') from None
-    if not with_prompt and prompt is not None:
-        raise ValueError('has a "prompt", but the model reads no text')
-    if with_prompt and not (isinstance(prompt, str) and prompt.strip()):
-        raise ValueError('has no text in "prompt", which a Video2World model needs')
-    return Item(source, name, prompt and prompt.strip())
+    return Item(source, name, (prompt.strip() or None) if isinstance(prompt, str) else None)
 
 
 def read_batches(

@@ -27,16 +27,19 @@ def test_a_batch_file_names_outputs_by_line(tmp_path):
     assert [line.split(": ")[0].rpartition(" ")[2] for line in failures.lines] == ["3", "4", "5", "6"]
 
 
-def test_lines_have_prompts_where_the_model_reads_text(tmp_path):
+def test_lines_have_prompts_where_the_model_reads_text(tmp_path, caplog):
     file = tmp_path / "batch.jsonl"
     entries = [{}, {"prompt": " a red ball\n"}, {"prompt": " "}, {"prompt": 3}, {"prompt": None}]
     file.write_text("".join(json.dumps({"visual_input": "clip.mp4", **entry}) + "\n" for entry in entries))
     failures = Failures()
     assert read_batch_file(file, True, failures) == [Item(Path("clip.mp4"), "1", "a red ball")]
     assert len(failures.lines) == 4 and all('has no text in "prompt"' in line for line in failures.lines)
+    caplog.clear()
     failures = Failures()
-    assert [item.name for item in read_batch_file(file, False, failures)] == ["0", "4"]
-    assert len(failures.lines) == 3 and all("the model reads no text" in line for line in failures.lines)
+    assert [(item.name, item.prompt) for item in read_batch_file(file, False, failures)] == [
+        (str(n), None) for n in range(5)
+    ]
+    assert not failures.lines and "prompts in" in caplog.text and caplog.text.count("the model reads no text") == 1
 
 
 @pytest.mark.parametrize(
