@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosmos_mcore.inference.diffusion import attention, fp8
+from cosmos_mcore.inference.diffusion import attention, fp8, network
 from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder
 from tests.inference.diffusion.small import SMALL, golden_network, write_released
 
@@ -47,12 +47,24 @@ def test_compiled_rounding() -> None:
     x = torch.randn(2, 300, 512, device=CUDA, dtype=torch.bfloat16)
     shift, scale = torch.randn(2, 512, device=CUDA, dtype=torch.bfloat16)
     for made, (data, factor) in (
-        (fp8.gelu(x), fp8._gelu_and_round(x)),
+        (fp8.with_gelu(torch.nn.Identity(), x), fp8._gelu_and_round(x)),
         (fp8.modulated_norm(x, shift, scale, 1e-6), fp8._norm_and_round(x, shift, scale, 1e-6)),
     ):
         assert made.data.is_contiguous() and made.scale.shape == (2, 300, 1)
         torch.testing.assert_close(made.scale, factor, atol=0, rtol=0.01)
         torch.testing.assert_close(made.data.float() * made.scale, data.float() * factor, atol=0.01, rtol=0.13)
+
+
+@torch.no_grad()
+def test_gelu_inside_the_product() -> None:
+    layer = torch.nn.Linear(512, 1024, bias=False).to(CUDA, torch.bfloat16)
+    x = torch.randn(2, 300, 512, device=CUDA, dtype=torch.bfloat16)
+    exact = torch.nn.functional.gelu(x.double() @ layer.weight.double().t())
+    fused, apart = network._with_gelu(layer, x), torch.nn.functional.gelu(layer(x))
+    assert fused.shape == (2, 300, 1024)
+    errors = [((made.double() - exact).norm() / exact.norm()).item() for made in (fused, apart)]
+    print(f"GELU inside the product is {errors[0]:.1e} off, after it {errors[1]:.1e}")
+    assert errors[0] < errors[1]
 
 
 @torch.no_grad()

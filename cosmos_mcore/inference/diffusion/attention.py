@@ -49,7 +49,11 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels, bias=False))
 
     def forward(self, x: Tensor, context: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Attends from ``x`` [B, S, channels] to ``context`` [B, M, context_channels], or without one to itself."""
+        """Attends from ``x`` [B, S, channels] to ``context`` [B, M, context_channels], or without one to itself.
+
+        Returns:
+            [B, S, channels], what ``to_out`` takes: who calls has a use for that matrix of its own.
+        """
         seen = x if context is None else context
         # Keys travel while values are computed, both while queries are.
         k, keys_sent = _start_gather(self._heads(self.to_k, seen, rotary), self.group)
@@ -60,7 +64,7 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         with _kernels(q.is_cuda):
             mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
     def _heads(self, layers: nn.Sequential, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """[B, S, channels of x] to [B, S, heads, head_dim]."""

@@ -59,9 +59,10 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Round
     return Rounded(*_for(x.is_cuda, _norm_and_round)(x, shift, scale, eps))
 
 
-def gelu(x: Tensor) -> Rounded:
-    """GELU of ``x`` [..., K]."""
-    return Rounded(*_for(x.is_cuda, _gelu_and_round)(x))
+def with_gelu(layer: nn.Module, x: Tensor | Rounded) -> Rounded:
+    """GELU of a layer's product with ``x``."""
+    product = layer(x)
+    return Rounded(*_for(product.is_cuda, _gelu_and_round)(product))
 
 
 def _round(values: Tensor) -> tuple[Tensor, Tensor]:
