@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from cosmos_mcore.parallel.initialize import data_parallel_rank, data_parallel_world_size, shut_down
 from cosmos_mcore.data.loader import Batch
+from cosmos_mcore.parallel.initialize import data_parallel_rank, data_parallel_world_size, shut_down
 from cosmos_mcore.training.evaluation import run_forward
 from cosmos_mcore.training.token_stats import TokenStats
 from tests.parallel.layout_worker import global_batch, set_up_without_clips
