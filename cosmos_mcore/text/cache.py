@@ -78,12 +78,14 @@ class EmbeddingCache:
         except FileNotFoundError:
             return None
         except SafetensorError:
-            return self._drop(path)
+            _remove(path)
+            return None
         except OSError as error:
             raise ValueError(f"the embedding {path} cannot be read ({error})") from None
         good = rows.dtype == torch.bfloat16 and rows.dim() == 2 and rows.size(1) == TEXT_WIDTH
         if not (good and len(rows) <= TEXT_LENGTH and notes == self._notes(prompt, rows)):
-            return self._drop(path)
+            _remove(path)
+            return None
         embedding = torch.zeros(TEXT_LENGTH, TEXT_WIDTH, dtype=torch.bfloat16)
         embedding[: len(rows)] = rows
         return embedding
@@ -142,7 +144,7 @@ class EmbeddingCache:
 
         if self._encoder is None:
             self._encoder = self._read_encoder()  # another process may have begun the folder meanwhile
-        checksum = zlib.crc32(rows.contiguous().view(torch.uint8).numpy())
+        checksum = zlib.crc32(rows.contiguous().view(torch.uint8).numpy().data)
         return {"prompt": prompt, _ENCODER: str(self._encoder), "crc32": f"{checksum:08x}"}
 
     def _write(self, prompt: str, rows: Tensor) -> None:
@@ -167,8 +169,10 @@ class EmbeddingCache:
             return str(json.loads(path.read_text())[_ENCODER])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); delete the folder {self.folder}") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror or error}); name another folder") from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is damaged; delete the folder {self.folder}") from None
 
     def _check_encoder(self, fingerprint: str) -> None:
         if self._encoder != fingerprint:
@@ -186,12 +190,13 @@ class EmbeddingCache:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
             raise ValueError(
                 f"the folder of embeddings {self.folder} cannot be written ({error.strerror or error}); "
                 "name another one, or make room"
             ) from None
 
-    def _drop(self, path: Path) -> None:
-        with contextlib.suppress(OSError):  # a folder that may only be read
-            path.unlink()
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # gone already, or a folder that may only be read
+        path.unlink()
