@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SETTINGS = "embeddings.json"
 _ENCODER, _TENSOR = "encoder", "embedding"
 BATCH = 16  # prompts that are encoded at once
-_LOOK_THREADS = 32
+_LOOK_THREADS, _LOOK_AT_ONCE = 32, 200  # for files: over a network each look takes a while
 
 
 class EmbeddingCache:
@@ -57,9 +57,10 @@ class EmbeddingCache:
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """Those of the prompts without an embedding, each once, in their order."""
         distinct = list(dict.fromkeys(prompts))
+        parts = [distinct[first : first + _LOOK_AT_ONCE] for first in range(0, len(distinct), _LOOK_AT_ONCE)]
         with ThreadPoolExecutor(_LOOK_THREADS, thread_name_prefix="embeddings") as pool:
-            there = list(pool.map(self.__contains__, distinct))
-        return [prompt for prompt, found in zip(distinct, there, strict=True) if not found]
+            lacking = pool.map(lambda part: [prompt for prompt in part if prompt not in self], parts)
+            return [prompt for part in lacking for prompt in part]
 
     def read(self, prompt: str) -> Tensor | None:
         """The embedding [TEXT_LENGTH, TEXT_WIDTH] bf16 of a prompt, zeros behind its last token.
