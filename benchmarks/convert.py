@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from cosmos_mcore.checkpoint.files import remove
 from cosmos_mcore.checkpoint.names import original_shapes
 from cosmos_mcore.checkpoint.torch_file import TensorSpec, TorchFileWriter
 from cosmos_mcore.model.presets import PRESETS
@@ -103,24 +104,29 @@ def main() -> None:
 
     python = [sys.executable, "scripts/"]
     commands = {
-        "shard, TP=4": ["shard_autoregressive_base_checkpoints.py", "-c", model, "-t", 4],
-        "merge": ["merge_autoregressive_tp_checkpoints.py", "-c", shards, "-o", merged, "-t", 4],
-        "safetensors": ["convert_checkpoint.py", "--input", model, "--output", hub, "--to", "safetensors"],
+        "shard, TP=4": (["shard_autoregressive_base_checkpoints.py", "-c", model, "-t", 4], "model_model_mp_*.pt"),
+        "merge": (["merge_autoregressive_tp_checkpoints.py", "-c", shards, "-o", merged, "-t", 4], merged.name),
+        "safetensors": (["convert_checkpoint.py", "--input", model, "--output", hub, "--to", "safetensors"], hub.name),
     }
     results = {"bytes": size, "cp_seconds": copy_seconds, "read_seconds": read_seconds, "sync_seconds": sync_seconds}
     print(f"{'':14} {'seconds':>8} {'of cp + read':>13} {'peak GiB':>9}")
-    for name, (script, *rest) in commands.items():
-        evict(*folder.glob("*.pt"))
-        seconds, peak = measure([python[0], python[1] + script, *map(str, rest)])
-        print(f"{name:14} {seconds:8.1f} {seconds / base:12.2f}x {peak:9.2f}", flush=True)
-        results[name] = {"seconds": seconds, "ratio": seconds / base, "peak_gib": peak}
+    for name, ((script, *rest), output) in commands.items():
+        times, peaks = [], []
+        for _ in range(2):  # the faster of two here as well
+            for old in folder.glob(output):
+                remove(old)
+            evict(*folder.glob("*.pt"))
+            seconds, peak = measure([python[0], python[1] + script, *map(str, rest)])
+            times.append(seconds)
+            peaks.append(peak)
+        print(f"{name:14} {min(times):8.1f} {min(times) / base:12.2f}x {max(peaks):9.2f}", flush=True)
+        results[name] = {"seconds": times, "ratio": min(times) / base, "peak_gib": max(peaks)}
         if name == "merge":
-            sizes = [path.stat().st_size for path in sorted(folder.glob("model_model_mp_*.pt"))]
-            print(f"{'':14} a shard holds {max(sizes) / size:.3f} of the model")
-            merged.unlink()
-            for path in folder.glob("model_model_mp_*.pt"):
+            files = sorted(folder.glob("model_model_mp_*.pt"))
+            print(f"{'':14} a shard holds {max(path.stat().st_size for path in files) / size:.3f} of the model")
+            for path in (merged, *files):
                 path.unlink()
-    shutil.rmtree(hub)
+    remove(hub)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if not arguments.keep:
         shutil.rmtree(folder)

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 from cosmos_mcore.config import RunConfig, derive_video_layout, load_config
-from cosmos_mcore.config.derived import data_parallel_size
+from cosmos_mcore.config.derived import TEXT_LENGTH, data_parallel_size
+from cosmos_mcore.data.loader import Batch
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.model.presets import resolve_arch
 from cosmos_mcore.parallel import initialize as groups
@@ -72,7 +73,7 @@ def prepare(config: RunConfig, real: bool) -> Callable[[Callable[[], None]], flo
     layout = derive_video_layout(config, arch.text_to_video)
     if real:
         run = set_up(config)
-        model, optimizer, device, next_tokens = run.model, run.optimizer, run.device, run.loader.next
+        model, optimizer, device, next_batch = run.model, run.optimizer, run.device, run.loader.next
     else:
         device = groups.initialize(config.parallel, config.training.seed)
         chunks, model, optimizer = build_trainable(config, arch, layout, device)
@@ -80,16 +81,19 @@ def prepare(config: RunConfig, real: bool) -> Callable[[Callable[[], None]], flo
         optimizer.reload_model_params()
         clips = config.training.global_batch_size // data_parallel_size(config, dist.get_world_size())
         ids = torch.randint(arch.vocab_size, (clips, layout.num_tokens), device=device)
-        next_tokens = lambda: ids  # noqa: E731
+        text = None
+        if arch.context_size is not None:
+            text = torch.randn(clips, TEXT_LENGTH, arch.context_size, dtype=torch.bfloat16, device=device)
+        next_batch = lambda: Batch(ids, text)  # noqa: E731
     positions = LossPositions(layout, arch, config.model.z_loss_coeff, device)
     set_learning_rate(optimizer, 1e-5)
 
     def step(mark: Callable[[], None]) -> float:
         start = time.perf_counter()
-        tokens = next_tokens()
+        batch = next_batch()
         waited = time.perf_counter() - start
         mark()
-        forward_backward(model, positions, tokens, config.training.micro_batch_size)
+        forward_backward(model, positions, batch.ids, config.training.micro_batch_size, batch.context)
         mark()
         update(optimizer)
         mark()

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:  # downloads need no torch
     from torch import Tensor
 
+_AHEAD = 3  # items loaded or being loaded beside the current one: sizes differ, and the disk should never be idle
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -125,7 +127,7 @@ def flush(path: Path) -> None:
 
 
 def ahead(items: Iterable[Item], load: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
-    """Loads the next item in a second thread while the caller uses the current one.
+    """Loads the next items in a second thread while the caller uses the current one.
 
     Yields:
         Each item with what ``load`` made of it, in order.
@@ -134,7 +136,7 @@ def ahead(items: Iterable[Item], load: Callable[[Item], Result]) -> Iterator[tup
         waiting: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
             waiting.append((item, pool.submit(load, item)))
-            if len(waiting) > 1:
+            if len(waiting) > _AHEAD:
                 current, result = waiting.popleft()
                 yield current, result.result()
         for current, result in waiting:

@@ -69,8 +69,8 @@ def write_safetensors(
     with new_folder(folder, force) as temporary:
         for file, tensors in zip(names, files, strict=True):
             with SafetensorsWriter(temporary / file, {t.name: specs[t.name] for t in tensors}) as writer:
-                for name, values in ahead((tensor.originals[0] for tensor in tensors), checkpoint.read):
-                    writer.write(values)
+                for name, rows in ahead((tensor.originals[0] for tensor in tensors), checkpoint.read_rows):
+                    writer.write(*rows)
                     checkpoint.release(name)
         if len(files) > 1:
             index = {

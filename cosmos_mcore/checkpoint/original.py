@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cosmos_mcore.checkpoint.files import ahead, new_files
@@ -198,9 +197,9 @@ def part_specs(checkpoint: Checkpoint, stored: Sequence[Stored], size: int) -> d
 
 def write_tensors(checkpoint: Checkpoint, stored: Sequence[Stored], writers: Sequence[TorchFileWriter]) -> None:
     """Appends every tensor to the file of each rank, cut for it."""
-    for tensor, parts in ahead(stored, lambda tensor: [checkpoint.read(name) for name in tensor.originals]):
+    read = checkpoint.read_rows if len(writers) == 1 else lambda name: [checkpoint.read(name)]
+    for tensor, parts in ahead(stored, lambda tensor: [row for name in tensor.originals for row in read(name)]):
         for rank, writer in enumerate(writers):
-            cut = [shard(part, tensor.split_axis, rank, len(writers)) for part in parts]
-            writer.write(cut[0] if len(cut) == 1 else torch.cat(cut))
+            writer.write(*(shard(part, tensor.split_axis, rank, len(writers)) for part in parts))
         for name in tensor.originals:
             checkpoint.release(name)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cosmos_mcore.checkpoint.files import fetch_pages
-from cosmos_mcore.checkpoint.torch_file import TensorSpec, tensor_bytes
+from cosmos_mcore.checkpoint.torch_file import TensorSpec, check_rows, tensor_bytes
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -96,11 +96,11 @@ class SafetensorsWriter:
         self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
         self._file.write(struct.pack("<Q", len(encoded)) + encoded)
 
-    def write(self, tensor: Tensor) -> None:
-        """Appends the next tensor."""
-        spec = self._expected[self._next]
-        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), f"expected {spec}"
-        self._file.write(tensor_bytes(tensor))
+    def write(self, *rows: Tensor) -> None:
+        """Appends the next tensor, whole or in pieces along its first axis."""
+        check_rows(rows, self._expected[self._next])
+        for piece in rows:
+            self._file.write(tensor_bytes(piece))
         self._next += 1
 
     def __enter__(self) -> SafetensorsWriter:

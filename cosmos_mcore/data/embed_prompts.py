@@ -13,7 +13,6 @@ from cosmos_mcore.data.index import prompts_of
 from cosmos_mcore.parallel.command_line import configure_logging
 from cosmos_mcore.parallel.parts import PART_HELP, device_of, part_of, progress_bar
 from cosmos_mcore.text.cache import BATCH, EmbeddingCache
-from cosmos_mcore.text.encoder import TextEncoder, fingerprint_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +46,11 @@ def main(arguments: list[str]) -> int:
     config = load_config(args.config, args.overrides)
     configure_logging()
     part = part_of(args.part)
-    fingerprint = fingerprint_of(args.text_encoder)
     prompts = _prompts(config, report=part[0] == 0)
-    cache = EmbeddingCache(prompt_cache_dir(config), fingerprint)
+
+    from cosmos_mcore.text.encoder import fingerprint_of  # now, since it loads torch
+
+    cache = EmbeddingCache(prompt_cache_dir(config), fingerprint_of(args.text_encoder))
     # Every N-th, so that prompts of all lengths, which cost differently, fall to each process.
     mine = prompts[part[0] :: part[1]]
     made = embed(cache, mine, args.text_encoder, part)
@@ -76,6 +77,8 @@ def embed(cache: EmbeddingCache, prompts: list[str], text_encoder: Path, part: t
     Raises:
         ValueError: if the encoder cannot be loaded, or the folder not be written.
     """
+    from cosmos_mcore.text.encoder import TextEncoder
+
     missing = sorted(cache.missing(prompts), key=len, reverse=True)  # prompts of a batch are padded to the longest
     if not missing:
         return 0

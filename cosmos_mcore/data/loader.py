@@ -43,6 +43,10 @@ class Batch(NamedTuple):
     ids: Tensor
     context: Tensor | None = None
 
+    def pinned(self) -> Batch:
+        """A copy that travels to the GPU while the host goes on."""
+        return Batch(self.ids.pin_memory(), None if self.context is None else self.context.pin_memory())
+
     def first(self, count: int) -> Batch:
         """The first clips of the batch."""
         return Batch(self.ids[:count], None if self.context is None else self.context[:count])
@@ -251,9 +255,7 @@ class ClipLoader:
             try:
                 shared = self._exchange.gather(step.first, self._batch_size, mine)
                 batch = Batch(shared[:, :-1].contiguous(), self._context(shared[:, -1].tolist()))
-                if self._device.type == "cuda":
-                    batch = Batch(*(part if part is None else part.pin_memory() for part in batch))
-                self._shared.put(batch)
+                self._shared.put(batch.pinned() if self._device.type == "cuda" else batch)
             except Exception as error:
                 self._shared.put(error)
 

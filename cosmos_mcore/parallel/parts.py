@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
+
+if TYPE_CHECKING:  # a mistake on the command line is told before torch is loaded
+    import torch
 
 PART_HELP = "I/N: this process does the I-th of N equal parts, from 0; default: torchrun's"
 
@@ -30,6 +33,8 @@ def part_of(text: str | None) -> tuple[int, int]:
 
 def device_of(part: tuple[int, int]) -> torch.device:
     """The GPU of this process, which becomes the current one, or the CPU where there is none."""
+    import torch
+
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", part[0])) % torch.cuda.device_count())

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SETTINGS = "embeddings.json"
 _ENCODER, _TENSOR = "encoder", "embedding"
 BATCH = 16  # prompts that are encoded at once
-_LOOK_THREADS = 32
+_LOOK_THREADS, _LOOK_AT_ONCE = 32, 200  # for files: over a network each look takes a while
 
 
 class EmbeddingCache:
@@ -57,9 +57,10 @@ class EmbeddingCache:
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """Those of the prompts without an embedding, each once, in their order."""
         distinct = list(dict.fromkeys(prompts))
+        parts = [distinct[first : first + _LOOK_AT_ONCE] for first in range(0, len(distinct), _LOOK_AT_ONCE)]
         with ThreadPoolExecutor(_LOOK_THREADS, thread_name_prefix="embeddings") as pool:
-            there = list(pool.map(self.__contains__, distinct))
-        return [prompt for prompt, found in zip(distinct, there, strict=True) if not found]
+            lacking = pool.map(lambda part: [prompt for prompt in part if prompt not in self], parts)
+            return [prompt for part in lacking for prompt in part]
 
     def read(self, prompt: str) -> Tensor | None:
         """The embedding [TEXT_LENGTH, TEXT_WIDTH] bf16 of a prompt, zeros behind its last token.
@@ -78,12 +79,14 @@ class EmbeddingCache:
         except FileNotFoundError:
             return None
         except SafetensorError:
-            return self._drop(path)
+            _remove(path)
+            return None
         except OSError as error:
             raise ValueError(f"the embedding {path} cannot be read ({error})") from None
         good = rows.dtype == torch.bfloat16 and rows.dim() == 2 and rows.size(1) == TEXT_WIDTH
         if not (good and len(rows) <= TEXT_LENGTH and notes == self._notes(prompt, rows)):
-            return self._drop(path)
+            _remove(path)
+            return None
         embedding = torch.zeros(TEXT_LENGTH, TEXT_WIDTH, dtype=torch.bfloat16)
         embedding[: len(rows)] = rows
         return embedding
@@ -142,7 +145,7 @@ class EmbeddingCache:
 
         if self._encoder is None:
             self._encoder = self._read_encoder()  # another process may have begun the folder meanwhile
-        checksum = zlib.crc32(rows.contiguous().view(torch.uint8).numpy())
+        checksum = zlib.crc32(rows.contiguous().view(torch.uint8).numpy().data)
         return {"prompt": prompt, _ENCODER: str(self._encoder), "crc32": f"{checksum:08x}"}
 
     def _write(self, prompt: str, rows: Tensor) -> None:
@@ -167,8 +170,10 @@ class EmbeddingCache:
             return str(json.loads(path.read_text())[_ENCODER])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); delete the folder {self.folder}") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror or error}); name another folder") from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is damaged; delete the folder {self.folder}") from None
 
     def _check_encoder(self, fingerprint: str) -> None:
         if self._encoder != fingerprint:
@@ -186,12 +191,13 @@ class EmbeddingCache:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
             raise ValueError(
                 f"the folder of embeddings {self.folder} cannot be written ({error.strerror or error}); "
                 "name another one, or make room"
             ) from None
 
-    def _drop(self, path: Path) -> None:
-        with contextlib.suppress(OSError):  # a folder that may only be read
-            path.unlink()
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # gone already, or a folder that may only be read
+        path.unlink()

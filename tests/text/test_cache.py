@@ -112,10 +112,15 @@ def test_numbers_that_are_not_finite_are_not_kept(tmp_path):
 
 def test_a_folder_that_cannot_be_written_or_is_none(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"the folder of embeddings .* cannot be written \(Not a directory\)"):
-        EmbeddingCache(tmp_path / "file" / "cache").embed(["rain"], DrawnEncoder)
+    with pytest.raises(ValueError, match=r"embeddings\.json cannot be read \(Not a directory\); name another folder"):
+        EmbeddingCache(tmp_path / "file" / "cache")
+    cache = EmbeddingCache(tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    cache._path("rain").parent.write_text("")
+    with pytest.raises(ValueError, match=r"the folder of embeddings .* cannot be written \(File exists\)"):
+        cache.embed(["rain"], DrawnEncoder)
     (tmp_path / "embeddings.json").write_text("{")
-    with pytest.raises(ValueError, match=r"embeddings\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"embeddings\.json is damaged; delete the folder"):
         EmbeddingCache(tmp_path)
 
 

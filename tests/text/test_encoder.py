@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from cosmos_mcore.text.encoder import TextEncoder, fingerprint_of
@@ -128,8 +129,10 @@ def test_mistakes(copy, tmp_path, monkeypatch):
     assert "holds no complete T5 model" in refused(copy)
     (copy / "model.safetensors").unlink()
     assert f"has no weights (model.safetensors or pytorch_model.bin); {download}" in refused(copy)
-    torch.save({"shared.weight": torch.zeros(54, 1024)}, copy / "pytorch_model.bin")
-    assert "of the text encoder's weights, for example encoder." in refused(copy)
+    tensors = safetensors.torch.load(whole)
+    del tensors["encoder.final_layer_norm.weight"]
+    torch.save(tensors, copy / "pytorch_model.bin")
+    assert "lacks 1 of the text encoder's weights, for example encoder.final_layer_norm.weight" in refused(copy)
     (copy / "tokenizer.json").write_text("{}")
     assert "tokenizer.json is damaged" in refused(copy)
     (copy / "config.json").write_text('{"model_type": "t5", "d_model": 512}')

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from cosmos_mcore.data.loader import Batch
 from cosmos_mcore.parallel.initialize import data_parallel_rank, data_parallel_world_size, shut_down
 from cosmos_mcore.training.evaluation import run_forward
 from cosmos_mcore.training.token_stats import TokenStats
@@ -52,7 +53,7 @@ def measure(folder, layout):
     share = len(tokens) // data_parallel_world_size()
     mine = tokens[data_parallel_rank() * share : (data_parallel_rank() + 1) * share]
     stats = TokenStats(run.layout, run.arch, 0.0, run.device, run.chunks)
-    run_forward(run, stats, mine)
+    run_forward(run, stats, Batch(mine))
     found = stats.read()
     result = {"frames": found.frame_losses, "loss": found.loss, "accuracy": found.token_accuracy}
     if parallel_state.get_model_parallel_group().size() == 1 and dist.get_world_size() == 1:

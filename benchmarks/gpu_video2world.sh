@@ -1,0 +1,35 @@
+#!/bin/bash
+# Training with prompts on GPUs of 80 GB (about 15 minutes on one): bash benchmarks/gpu_video2world.sh [OUTPUT]
+# With two GPUs also layouts and tensor parallelism. A part that fails is named, and the others go on.
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH="$PWD"
+output="${1:-outputs/gpu_video2world}"
+mkdir -p "$output"
+gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+
+part() { # name, command
+  local name="$1"
+  shift
+  echo "== $name: $*"
+  if "$@" >"$output/$name.out" 2>"$output/$name.err"; then
+    tail -n 12 "$output/$name.out"
+  else
+    echo "FAILED with code $?"
+    tail -n 20 "$output/$name.out" "$output/$name.err"
+  fi
+}
+
+one="conf/video2world_5b.yaml parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false precision.moments=bf16"
+part tests python -m pytest -q tests/gpu/test_video2world.py
+part encoder python benchmarks/gpu_text_encoder.py
+# shellcheck disable=SC2086 - several words
+part 5b_4801 python benchmarks/train_step.py $one data.height=384 data.width=640
+# shellcheck disable=SC2086
+part 5b_4801_fp8 python benchmarks/train_step.py $one data.height=384 data.width=640 precision.fp8=delayed
+if [ "$gpus" -ge 2 ]; then
+  part 5b_12801_tp2 torchrun --nproc-per-node 2 benchmarks/train_step.py conf/video2world_5b.yaml \
+    parallel.tensor_model_parallel_size=2 precision.moments=bf16
+fi
+if [ "$gpus" -ge 4 ]; then
+  part 5b_12801_tp4 torchrun --nproc-per-node 4 benchmarks/train_step.py conf/video2world_5b.yaml
+fi
