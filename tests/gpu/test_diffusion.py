@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from cosmos_mcore.config.derived import VideoLayout
 from cosmos_mcore.inference.diffusion import attention, fp8, network
 from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder
+from cosmos_mcore.inference.network import CachedNetwork
+from cosmos_mcore.inference.pipeline import VideoPipeline
+from cosmos_mcore.inference.sampling import SamplingOptions
+from cosmos_mcore.model.presets import ModelArch
+from cosmos_mcore.tokenizer.haar import HaarTokenizer
 from tests.inference.diffusion.small import SMALL, golden_network, write_released
+from tests.inference.models import NO_GROUP, random_weights
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -96,5 +104,28 @@ def test_decoder_and_offloading(tmp_path: Path) -> None:
     rounded = DiffusionDecoder.from_folder(folder, CUDA, fp8=True, offload=True)
     error = ((rounded.decode(ids).cpu() - exact).norm() / exact.norm()).item()
     print(f"FP8 frames are {error:.3f} off")
-    assert error < 0.3
+    assert error < 0.2
     assert all(not buffer.untyped_storage().nbytes() for buffer in rounded.network.buffers())
+
+
+def test_generation_with_a_prompt_and_everything_offloaded(tmp_path: Path) -> None:
+    """Model, tokenizer and decoder take turns on the GPU; the frames are the decoder's, of the generated ids."""
+    folder = write_released(tmp_path, replace(SMALL, vocab_size=64000, text_channels=1024))
+    arch = ModelArch(num_layers=2, hidden_size=4096, embedding_size=64064, context_size=1024)
+    layout = VideoLayout(17, (3, 2, 4), True, 25, 7)
+    text = torch.randn(2, 512, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
+    given = torch.rand(2, 3, 9, 32, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    decoder = DiffusionDecoder.from_folder(folder, CUDA)
+    ids = []
+    for offload in (False, True):
+        weights = random_weights(arch, device="cuda", dtype=torch.bfloat16)
+        maker = DiffusionDecoder.from_folder(folder, CUDA, offload=True) if offload else decoder
+        network = CachedNetwork(weights, arch, layout, NO_GROUP)
+        pipeline = VideoPipeline(network, lambda: HaarTokenizer(17), offload, offload, maker)
+        made = pipeline.continue_videos(given, SamplingOptions(1.0, 0.8), [3, 4], num_frames=20, text=text)
+        ids.append(torch.stack([video.ids[0] for video in made]))
+        for row, video in enumerate(made):
+            assert not video.video.is_cuda and video.video.shape == (3, 20, 32, 64)
+            expected = decoder.decode(video.ids[0], text[row : row + 1], seed=3 + row).cpu()
+            torch.testing.assert_close(video.video[:, :17], expected, atol=0.02, rtol=0)
+    assert torch.equal(*ids)
