@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--config", default=str(ROOT / "conf/teal_tp1.yaml"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--start_steps", type=int, default=300)
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the curves")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -149,15 +150,16 @@ def main() -> None:
         before, weights = train(begin, batches[: args.start_steps], None)
         print("start", before[-1], flush=True)
         curves: dict[str, list[float]] = {}
-        for name, recipe in RECIPES.items():
-            config = load_config(args.config, [*keys, f"precision.fp8={recipe or 'null'}"])
+        for name in args.recipes:
+            config = load_config(args.config, [*keys, f"precision.fp8={RECIPES[name] or 'null'}"])
             curves[name], _ = train(config, batches[args.start_steps :], weights)
             data = config.data
             title = f"{config.model.preset}, {data.num_frames}x{data.height}x{data.width}, real clips"
             result = {"title": title, "overrides": keys[1:], "before": before, **environment(), "curves": curves}
-            result["largest_difference"] = differences(curves)
+            if "bf16" in curves:
+                result["largest_difference"] = differences(curves)
             args.output.write_text(json.dumps(result))
-            print(name, result["largest_difference"].get(name), curves[name][-1], flush=True)
+            print(name, result.get("largest_difference"), curves[name][-1], flush=True)
     if args.plot:
         plot(json.loads(args.output.read_text()), args.plot)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cosmos_mcore.config import derive_video_layout, load_config
+from cosmos_mcore.config.derived import TEXT_LENGTH
 from cosmos_mcore.model.presets import resolve_arch
 from cosmos_mcore.parallel import initialize as groups
 from cosmos_mcore.training.main import main
@@ -77,10 +78,12 @@ def test_layers_at_the_ends_can_stay_bf16(train):
     assert all(math.isfinite(loss) for loss, _ in losses.values())
 
 
+@pytest.mark.parametrize("preset", ["4b", "5b-video2world"])
 @pytest.mark.parametrize("recipe", ["null", "delayed"])
-def test_a_step_never_waits_for_the_device(recipe):
-    config = load_config(CONFIG, [*SMALL, f"precision.fp8={recipe}"])
-    arch, layout = resolve_arch(config.model), derive_video_layout(config)
+def test_a_step_never_waits_for_the_device(recipe, preset):
+    config = load_config(CONFIG, [*SMALL, f"precision.fp8={recipe}", f"model.preset={preset}"])
+    arch = resolve_arch(config.model)
+    layout = derive_video_layout(config, arch.text_to_video)
     device = groups.initialize(config.parallel, 0)
     try:
         chunks, model, optimizer = build_trainable(config, arch, layout, device)
@@ -89,7 +92,10 @@ def test_a_step_never_waits_for_the_device(recipe):
         optimizer.reload_model_params()
         positions = LossPositions(layout, arch, 1e-4, device)
         tokens = torch.randint(arch.vocab_size, (1, layout.num_tokens), device=device)
-        step = lambda: train_step(model, optimizer, positions, tokens, 1)  # noqa: E731
+        text = None
+        if arch.context_size is not None:
+            text = torch.randn(1, TEXT_LENGTH, arch.context_size, dtype=torch.bfloat16, device=device)
+        step = lambda: train_step(model, optimizer, positions, tokens, 1, text)  # noqa: E731
         results = [step(), step()]
         torch.cuda.set_sync_debug_mode("error")
         results += [step() for _ in range(3)]

@@ -62,7 +62,7 @@ def test_graphs_give_the_same_ids_from_many_threads(tmp_path: Path) -> None:
 
 
 def test_jit(tmp_path: Path) -> None:
-    folder = write_released(tmp_path)
+    folder = write_released(tmp_path, device=CUDA)
     video = torch.rand(2, 3, 9, 32, 32, device=CUDA) * 2 - 1
     ids = JitTokenizer(folder, 9, CUDA).encode(video)
     assert (ids == ReleasedTokenizer(folder, 9, CUDA).encode(video)).float().mean() > 0.7  # bfloat16 and float32

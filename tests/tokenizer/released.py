@@ -70,15 +70,18 @@ def seeded(network, seed=0):
     return network.requires_grad_(False).eval()
 
 
-def write_released(folder, encoder=None, decoder=None, frames=9, height=32, width=32):
-    """Writes ``encoder.jit`` and ``decoder.jit``, traced at one size as the released ones are; returns the folder."""
+def write_released(folder, encoder=None, decoder=None, frames=9, height=32, width=32, device="cpu"):
+    """Writes ``encoder.jit`` and ``decoder.jit``, traced at one size as the released ones are; returns the folder.
+
+    A trace runs on the kind of device that it was made on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     encoder, decoder = encoder or seeded(EncoderFile()), decoder or seeded(DecoderFile(), 1)
-    video = torch.zeros(1, 3, frames, height, width)
-    ids = torch.zeros(1, (frames + 7) // 8, height // 16, width // 16, dtype=torch.int32)
+    video = torch.zeros(1, 3, frames, height, width, device=device)
+    ids = torch.zeros(1, (frames + 7) // 8, height // 16, width // 16, dtype=torch.int32, device=device)
     for name, module, example in (("encoder.jit", encoder, video), ("decoder.jit", decoder, ids)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes become constants, as in the released files
-            traced = torch.jit.trace(module, example, check_trace=False)
+            traced = torch.jit.trace(module.to(device), example, check_trace=False)
         torch.jit.save(traced, str(folder / name))
     return folder

@@ -23,13 +23,15 @@ JOBS = (
     ("resumed", *PIPELINE),
     ("context", f"training.train_iters={HALF}", *CONTEXT),
     ("data", f"training.train_iters={HALF}"),
+    ("swapped", "training.train_iters=1", "data.prompts={folder}/swapped.jsonl"),
 )
 
 
 def main(path, folder):
-    """Leaves the runs under FOLDER."""
+    """Leaves the runs under FOLDER, where swapped.jsonl has each prompt with another clip."""
     os.environ["OUTPUT_ROOT"] = folder
     for name, *changes in JOBS:
+        changes = [change.format(folder=folder) for change in changes]
         Trainer(set_up(load_config(path, [*changes, f"job.name={name}"]))).train()
         port = [free_port()]
         dist.broadcast_object_list(port)
