@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cosmos_mcore.config import load_config
 from cosmos_mcore.data import embed_prompts
+from cosmos_mcore.data.mp4 import Mp4File
 from cosmos_mcore.data.synthetic import make_shape_clips
 from cosmos_mcore.training.preflight import derived_numbers, preflight
-from tests.processes import run_ranks
+from tests.processes import ROOT, environment, run_ranks
 from tests.text.models import write_tiny_t5
 from tests.training.conftest import Command
 from tests.training.video2world_worker import HALF
@@ -72,14 +75,19 @@ def curve_of(run):
 
 
 @pytest.fixture(scope="module")
-def curve(config, tmp_path_factory):
-    """The numbers of one process's run, from the first step to the last."""
+def whole(config, tmp_path_factory):
+    """One process's run from the first step to the last: its folder and its numbers."""
     videos = config.parent / "videos"
     watching = (f"data.validation_path={videos}", f"training.eval_interval={HALF}", f"logging.{PICTURES}={HALF}")
     run = Command([config, *watching], tmp_path_factory.mktemp("whole"))
     curve = curve_of(run)
     assert len(list((run.folder / "video_sampling_teacher_forcing").glob("*.jpg"))) == 2
-    return curve
+    return run.folder, curve
+
+
+@pytest.fixture
+def curve(whole):
+    return whole[1]
 
 
 def test_it_learns(curve):
@@ -91,6 +99,20 @@ def test_it_learns(curve):
     }
     assert sorted(validated) == [HALF, STEPS]
     assert validated[STEPS] < validated[HALF] < curve[0]["lm loss"]
+
+
+def test_the_run_goes_on_with_a_video_and_a_prompt(whole, config, tmp_path):
+    """With training's embeddings: there is no text encoder where generation would look for it."""
+    video = min((config.parent / "videos").glob("*.mp4"))
+    line = ["--checkpoint", whole[0], "--input_image_or_video_path", video, "--prompt", "The robot arm moves."]
+    command = [sys.executable, "examples/generate_video.py", *line, "--video_save_folder", tmp_path]
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "loading the text encoder" not in done.stdout
+    with Mp4File(tmp_path / "output.mp4") as made:
+        assert made.num_frames == 17
 
 
 def test_other_layouts_and_a_resume_give_the_same_curve(config, curve, tmp_path):
