@@ -22,9 +22,10 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("the original's flags").add_argument
-    add("--checkpoint_dir", default="checkpoints", help="folder with the downloaded models, tokenizers and decoder")
-    add("--ar_model_dir", help=f"the model's folder in it; by default {BASE_MODEL}, with a prompt {TEXT_MODEL}")
+    original = parser.add_argument_group("the original's flags")
+    new = parser.add_argument_group("new flags")
+    add_model_arguments(original, new)
+    add = original.add_argument
     add(
         "--input_type",
         choices=("image", "video", _WITH_TEXT + "image", _WITH_TEXT + "video"),
@@ -45,23 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_gpus", type=int, default=1, help="processes that share the work; started here if torchrun has not")
     add("--video_save_name", default="output", help="name of the file, without .mp4; a batch's are 0, 1, ...")
     add("--video_save_folder", default="outputs/", help="folder of the files")
-    add("--disable_diffusion_decoder", action="store_true", help="make the frames with the discrete tokenizer")
-    add("--disable_guardrail", action="store_true", help="do not check the videos")
-    add("--offload_ar_model", action="store_true", help="keep the model in CPU memory while it does not generate")
-    add("--offload_tokenizer", action="store_true", help="load the tokenizer for each use, and free it afterwards")
-    add("--offload_diffusion_decoder", action="store_true", help="keep it in CPU memory while it makes no frames")
     add("--offload_text_encoder_model", action="store_true", help="accepted: it is always freed before the model comes")
     add("--offload_guardrail_models", action="store_true", help="accepted: they are small and stay")
-    add = parser.add_argument_group("new flags").add_argument
-    add("--checkpoint", help="a checkpoint of any layout, or a run's folder, instead of the downloaded model")
-    add("--config", help="the run's YAML file; default: the config.yaml beside the checkpoint")
-    add("--height", type=int, help="pixels; default: as trained, 640 for released models")
-    add("--width", type=int, help="pixels; default: as trained, 1024 for released models")
+    add = new.add_argument
     add("--num_frames", type=int, help="of the result; more than the model's clips are chained; default: one clip")
     add("--fps", type=float, help="of the result; default: the input's, 25 for an image")
     add("--top_k", type=int, help="draw from at most this many tokens")
     add("--num_samples", type=int, default=1, help="videos per input, with seeds counted up")
-    add("--fp8", action="store_true", help="round the layers' weights to 8 bits: half the memory, faster")
     add(
         "--compare",
         action="store_true",
@@ -69,6 +60,24 @@ def make_parser() -> argparse.ArgumentParser:
         "continue the first of them, and also write truth, tokenizer round trip and result side by side",
     )
     return parser
+
+
+def add_model_arguments(original: argparse._ArgumentGroup, new: argparse._ArgumentGroup) -> None:
+    """The flags that say which model it is and where its parts are kept: the original's, and ours."""
+    add = original.add_argument
+    add("--checkpoint_dir", default="checkpoints", help="folder with the downloaded models, tokenizers and decoder")
+    add("--ar_model_dir", help=f"the model's folder in it; by default {BASE_MODEL}, with a prompt {TEXT_MODEL}")
+    add("--disable_diffusion_decoder", action="store_true", help="make the frames with the discrete tokenizer")
+    add("--disable_guardrail", action="store_true", help="do not check the videos")
+    add("--offload_ar_model", action="store_true", help="keep the model in CPU memory while it does not generate")
+    add("--offload_tokenizer", action="store_true", help="load the tokenizer for each use, and free it afterwards")
+    add("--offload_diffusion_decoder", action="store_true", help="keep it in CPU memory while it makes no frames")
+    add = new.add_argument
+    add("--checkpoint", help="a checkpoint of any layout, or a run's folder, instead of the downloaded model")
+    add("--config", help="the run's YAML file; default: the config.yaml beside the checkpoint")
+    add("--height", type=int, help="pixels; default: as trained, 640 for released models")
+    add("--width", type=int, help="pixels; default: as trained, 1024 for released models")
+    add("--fp8", action="store_true", help="round the layers' weights to 8 bits: half the memory, faster")
 
 
 def check_arguments(args: argparse.Namespace) -> None:

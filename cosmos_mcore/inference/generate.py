@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.sampling import SamplingOptions
+from cosmos_mcore.tokenizer.cuda_graph import capture
 
 
 class TokenGenerator:
@@ -45,7 +47,14 @@ class TokenGenerator:
         self._graph = _capture(self._step) if network.device.type == "cuda" else None
 
     @torch.no_grad()
-    def __call__(self, prompt: Tensor, num_new_tokens: int, seeds: list[int], text: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        prompt: Tensor,
+        num_new_tokens: int,
+        seeds: list[int],
+        text: Tensor | None = None,
+        on_frame: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """Continues ``batch`` sequences.
 
         Args:
@@ -53,6 +62,7 @@ class TokenGenerator:
             num_new_tokens: how many ids to append, at least 1.
             seeds: one per sequence: its draws depend on nothing else, in whatever batch it stands.
             text: [B, text length, context size] for text-to-video models.
+            on_frame: told the video's ids so far [B, n] whenever a latent frame but the last is complete.
 
         Returns:
             Ids [B, P + num_new_tokens] int64, the prompt in front.
@@ -72,7 +82,10 @@ class TokenGenerator:
         self._ids[:, :length] = prompt
         self._position.fill_(length - 1)
         self._draw(self.network.prefill(prompt, self._cache, text))
-        for _ in range(num_new_tokens - 1):
+        first, per_frame = int(self.network.layout.begin_of_video), math.prod(self.network.layout.latent_shape[1:])
+        for there in range(length + 1, length + num_new_tokens):
+            if on_frame is not None and (there - first) % per_frame == 0:
+                on_frame(self._ids[:, first:there])
             self.advance()
         return self._ids[:, : length + num_new_tokens].clone()
 
@@ -109,7 +122,6 @@ def _capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # NCCL's watchdog asks for the state of events from a thread of its own meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with capture(graph):
         step()
     return graph

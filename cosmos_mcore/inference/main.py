@@ -21,15 +21,18 @@ from cosmos_mcore.inference.arguments import (
     make_parser,
     model_folder,
 )
-from cosmos_mcore.model.presets import check_arch_layout
+from cosmos_mcore.model.presets import ModelArch, check_arch_layout
 from cosmos_mcore.parallel.command_line import USER_ERROR, configure_logging
 from cosmos_mcore.parallel.launch import is_rank_zero, processes_to_start, run_processes, world_size
 
 if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
     from torch import Tensor
 
     from cosmos_mcore.inference.inputs import Item
     from cosmos_mcore.inference.pipeline import Continuation, VideoPipeline
+    from cosmos_mcore.inference.prompts import PromptSource
     from cosmos_mcore.inference.sampling import SamplingOptions
 
 logger = logging.getLogger(__name__)
@@ -72,17 +75,16 @@ def main(arguments: list[str]) -> int:
     from cosmos_mcore.inference import assemble
     from cosmos_mcore.inference.guardrail import find_guardrail
     from cosmos_mcore.inference.inputs import Failures, Item, Wanted, read_batch_file, read_batches
-    from cosmos_mcore.inference.prompts import PromptSource
     from cosmos_mcore.inference.sampling import SamplingOptions
     from cosmos_mcore.parallel.initialize import shut_down
 
     options = SamplingOptions(args.temperature, args.top_p, args.top_k)
-    checkpoint, config_file = _find_model(args)
+    checkpoint, config_file = find_model(args)
     arch = assemble.read_arch(checkpoint, config_file)
     check_prompt(args, arch, checkpoint)
-    config = assemble.share_over_processes(_adapted_config(args, config_file), max(args.num_gpus, world_size()))
+    config = assemble.share_over_processes(adapted_config(args, config_file), max(args.num_gpus, world_size()))
     check_arch_layout(config, arch)
-    decoder_folder = _decoder_folder(args, config)
+    check_decoder(args, config)
     missing = processes_to_start(config)
     if missing:
         print(f"starting {missing} processes (as torchrun --nproc_per_node={missing} would)", flush=True)
@@ -95,7 +97,7 @@ def main(arguments: list[str]) -> int:
     else:
         items = [Item(Path(args.input_image_or_video_path), args.video_save_name, args.prompt and args.prompt.strip())]
     count = len(items) + len(failures.lines)  # bad lines, too
-    source = PromptSource(Path(args.checkpoint_dir) / _TEXT_ENCODER, prompt_cache_dir(config))
+    source = prompt_source(args, config)
     prompts = [item.prompt for item in items if item.prompt is not None]
     source.check(prompts)
     size = config.data.height, config.data.width, config.data.frame_stride
@@ -107,18 +109,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"none of the {count} inputs in {args.batch_input_path} can be read")
     device, group = assemble.join_processes(config)
     texts = source.embed(prompts, device, group) if prompts else {}
-    pipeline = assemble.load_pipeline(
-        config,
-        arch,
-        checkpoint,
-        device,
-        group,
-        fp8=args.fp8,
-        offload_network=args.offload_ar_model,
-        offload_tokenizer=args.offload_tokenizer,
-        decoder_folder=decoder_folder,
-        offload_decoder=args.offload_diffusion_decoder,
-    )
+    pipeline = load_pipeline(args, config, arch, checkpoint, device, group)
     guardrail = None if args.disable_guardrail or not is_rank_zero() else find_guardrail(pipeline.device)
     for inputs, clips in itertools.chain([first], batches):
         for result in _continue(pipeline, args, options, inputs, clips, texts):
@@ -135,7 +126,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _find_model(args: argparse.Namespace) -> tuple[Path, Path | None]:
+def find_model(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """The checkpoint, and the config of the run that it is of (None: a released model)."""
     from cosmos_mcore.inference.assemble import find_run_config
 
@@ -153,7 +144,7 @@ def _find_model(args: argparse.Namespace) -> tuple[Path, Path | None]:
     return checkpoint, Path(args.config) if args.config is not None else find_run_config(checkpoint)
 
 
-def _adapted_config(args: argparse.Namespace, config_file: Path | None) -> RunConfig:
+def adapted_config(args: argparse.Namespace, config_file: Path | None) -> RunConfig:
     """The config of the model, with the size of clips that the command line asks for."""
     from cosmos_mcore.inference.assemble import check_tokenizer, released_config
 
@@ -178,21 +169,56 @@ def _frames_to_read(args: argparse.Namespace, config: RunConfig) -> int:
     return config.data.num_frames
 
 
-def _decoder_folder(args: argparse.Namespace, config: RunConfig) -> Path | None:
-    """Where the diffusion decoder is, if it makes the frames: it knows the ids of one tokenizer only.
+def prompt_source(args: argparse.Namespace, config: RunConfig) -> PromptSource:
+    """Where prompts become embeddings."""
+    from cosmos_mcore.inference.prompts import PromptSource
+
+    return PromptSource(Path(args.checkpoint_dir) / _TEXT_ENCODER, prompt_cache_dir(config))
+
+
+def load_pipeline(
+    args: argparse.Namespace,
+    config: RunConfig,
+    arch: ModelArch,
+    checkpoint: Path,
+    device: torch.device,
+    group: dist.ProcessGroup,
+) -> VideoPipeline:
+    """``assemble.load_pipeline`` as the command line says."""
+    from cosmos_mcore.inference import assemble
+
+    return assemble.load_pipeline(
+        config,
+        arch,
+        checkpoint,
+        device,
+        group,
+        fp8=args.fp8,
+        offload_network=args.offload_ar_model,
+        offload_tokenizer=args.offload_tokenizer,
+        decoder_folder=Path(args.checkpoint_dir) if _wants_decoder(args, config) else None,
+        offload_decoder=args.offload_diffusion_decoder,
+    )
+
+
+def _wants_decoder(args: argparse.Namespace, config: RunConfig) -> bool:
+    """Whether the diffusion decoder makes the frames: it knows the ids of one tokenizer only."""
+    return not args.disable_diffusion_decoder and config.tokenizer.name == "dv8x16x16"
+
+
+def check_decoder(args: argparse.Namespace, config: RunConfig) -> None:
+    """Looks whether the diffusion decoder can make the frames, if it is to.
 
     Raises:
-        ValueError: if it should and cannot.
+        ValueError: if not.
     """
-    if args.disable_diffusion_decoder or config.tokenizer.name != "dv8x16x16":
-        return None
+    if not _wants_decoder(args, config):
+        return
     from cosmos_mcore.inference.diffusion.decoder import check_processes
     from cosmos_mcore.inference.diffusion.weights import check_files
 
-    folder = Path(args.checkpoint_dir)
-    check_files(folder)
+    check_files(Path(args.checkpoint_dir))
     check_processes(config.parallel.tensor_model_parallel_size)
-    return folder
 
 
 def _continue(

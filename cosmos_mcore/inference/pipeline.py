@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -85,6 +86,7 @@ class VideoPipeline:
         seeds: Sequence[int],
         num_frames: int | None = None,
         text: Tensor | None = None,
+        on_frames: Callable[[Tensor], None] | None = None,
     ) -> list[Continuation]:
         """Generates the rest of several videos at once.
 
@@ -98,6 +100,9 @@ class VideoPipeline:
                 beside or before it.
             num_frames: of each video; None: of one clip.
             text: [B, M, context size], the embedding of each video's prompt, for models that read text; any device.
+            on_frames: told, on the first rank, the frames of the videos so far [B, 3, T, H, W], first those given, then
+                whenever a latent frame is complete; by the tokenizer, also where a decoder makes better ones in the
+                end. An error that it raises ends the generation.
 
         Returns:
             The videos on the first rank; nothing on the others.
@@ -112,20 +117,36 @@ class VideoPipeline:
         ids: list[Tensor] = []
         length, clip = 0, 0
         while length < wanted:
-            clip_seeds = [seed + clip * _NEXT_CLIP for seed in seeds]
-            new = self._generate(given, options, clip_seeds, wanted - length, clip, text)
             drop = num_given if clip else 0
+            show = None
+            if on_frames is not None and self.is_first:
+                show = partial(self._show, on_frames, tuple(videos), drop, wanted)
+            clip_seeds = [seed + clip * _NEXT_CLIP for seed in seeds]
+            new = self._generate(given, options, clip_seeds, wanted - length, clip, text, show)
+            if show is not None and self._decoder is not None:  # which takes its time
+                show(new.flatten(1))
             length += self._frames_of(new.size(1)) - drop
             video = self._decode(new, clip_seeds, text)
             if self.is_first:
                 videos.append(video[:, :, drop:])
                 ids.append(new)
+                if on_frames is not None and length < wanted:
+                    on_frames(torch.cat(videos, dim=2))
                 given = video[:, :, -num_given:].clamp(-1, 1)
             clip += 1
         if not self.is_first:
             return []
         whole = torch.cat(videos, dim=2)[:, :, :wanted]
         return [Continuation(whole[i], tuple(new[i] for new in ids), num_given) for i in range(len(whole))]
+
+    def _show(
+        self, on_frames: Callable[[Tensor], None], before: tuple[Tensor, ...], drop: int, wanted: int, ids: Tensor
+    ) -> None:
+        """Tells the frames so far: those of the clips before, and those of the ids [B, n] of this one."""
+        latents = ids.unflatten(1, (-1, *self.layout.latent_shape[1:]))
+        chunks = latents.split(latents_of(self.layout.pixel_chunk_duration), dim=1)
+        new = torch.cat([self._with_tokenizer(partial(VideoTokenizer.decode, ids=chunk)) for chunk in chunks], dim=2)
+        on_frames(torch.cat((*before, new[:, :, drop:].cpu()), dim=2)[:, :, :wanted])
 
     def round_trip(self, clip: Tensor, seed: int = 0, text: Tensor | None = None) -> Tensor:
         """What becomes of a video whose ids are all right: encoded and decoded.
@@ -207,6 +228,7 @@ class VideoPipeline:
         missing: int,
         clip: int,
         text: Tensor | None,
+        show: Callable[[Tensor], None] | None,
     ) -> Tensor:
         """Ids [B, T', h, w] of one clip that begins with ``given``, of no more latent frames than ``missing`` needs."""
         batch, _, num_given, _, _ = given.shape
@@ -216,6 +238,8 @@ class VideoPipeline:
             latent_frames = min(latent_frames, latents_of(frames + TEMPORAL_COMPRESSION - 1))
         per_frame = cells[0] * cells[1]
         prompt = self._encode(given, (latents_of(num_given), *cells)).flatten(1)
+        if show is not None and not clip:
+            show(prompt)
         new_tokens = latent_frames * per_frame - prompt.size(1)
         first = int(self.layout.begin_of_video)
         # The first id after the video tokens says that a video begins (spec/model.md section 5).
@@ -228,7 +252,7 @@ class VideoPipeline:
                 self._generator = None  # its cache goes before the next one comes
                 generator = TokenGenerator(self.network, *wanted)
             started = time.perf_counter()
-            ids = generator(prompt, new_tokens, seeds, text)
+            ids = generator(prompt, new_tokens, seeds, text, show)
             if self._parking is None:
                 self._generator = generator
             del generator
@@ -249,9 +273,13 @@ class VideoPipeline:
 
     def _frames_of(self, latents: int) -> int:
         """Pixel frames that so many latent frames stand for."""
-        chunk = self.layout.pixel_chunk_duration
-        per_chunk = latents_of(chunk)
-        return latents // per_chunk * chunk if latents >= per_chunk else 1 + TEMPORAL_COMPRESSION * (latents - 1)
+        return pixel_frames(latents, self.layout.pixel_chunk_duration)
+
+
+def pixel_frames(latents: int, chunk: int) -> int:
+    """Pixel frames of the first ``latents`` latent frames of a video in chunks of ``chunk`` pixel frames."""
+    chunks, rest = divmod(latents, latents_of(chunk))
+    return chunks * chunk + (1 + TEMPORAL_COMPRESSION * (rest - 1) if rest else 0)
 
 
 def latents_of(frames: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cosmos_mcore.tokenizer.base import VideoTokenizer
 from cosmos_mcore.tokenizer.causal_layers import FrameNorm
+from cosmos_mcore.tokenizer.cuda_graph import capture
 from cosmos_mcore.tokenizer.fsq import ids_to_codes, quantize
 from cosmos_mcore.tokenizer.jit_file import read_jit_weights
 from cosmos_mcore.tokenizer.networks import DECODER_NORM, DV8X16X16, ENCODER_NORM, Decoder, Encoder
@@ -185,8 +186,7 @@ class _Graphs:
         for _ in range(2):  # lets cuDNN choose its kernels
             self._function(given)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads go on with their own work on the GPU meanwhile.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        with capture(graph, self._stream):
             result = self._function(given)
         return graph, given, result
 

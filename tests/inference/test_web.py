@@ -1,0 +1,131 @@
+"""What the page shows, state by state, without a browser."""
+
+import re
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+from cosmos_mcore.config import RunConfig
+from cosmos_mcore.inference.guardrail import Guardrail
+from cosmos_mcore.inference.sampling import SamplingOptions
+from cosmos_mcore.inference.video_io import read_conditioning, write_mp4
+from cosmos_mcore.inference.web import State, Studio, status_line
+from tests.inference.test_pipeline import make
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uploads")
+    write_mp4(folder / "clip.mp4", torch.linspace(-1, 1, 48).expand(3, 12, 32, 48), 12)
+    write_mp4(folder / "short.mp4", torch.zeros(3, 3, 32, 48), 12)
+    Image.new("L", (64, 64), 90).save(folder / "picture.webp")
+    (folder / "sound.wav").write_bytes(b"RIFF0000WAVEfmt ")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return make()
+
+
+def open_studio(pipeline, folder, guardrail=None):
+    config = RunConfig()
+    config.data.height, config.data.width, config.data.num_frames = 32, 48, 25
+    return Studio(pipeline, config, None, guardrail, folder)
+
+
+@pytest.fixture
+def studio(pipeline, tmp_path):
+    with open_studio(pipeline, tmp_path) as studio:
+        yield studio
+
+
+def counts(state):
+    return tuple(len(re.findall(f'class="{kind}"', state.film)) for kind in ("given", "generated", "missing"))
+
+
+def test_frames_come_latent_frame_by_latent_frame(studio, pipeline, uploads, tmp_path):
+    states = list(studio.continue_upload(str(uploads / "clip.mp4"), "", 25, 1.0, 0.8, 3))
+    assert [state.message for state in states[:-1]] == [
+        "waiting for the model ...",
+        "9 of 25 frames",
+        "17 of 25 frames",
+    ]
+    assert re.fullmatch(r"25 frames of 32x48 at 12 frames per second, seed 3, in \d+\.\d s", states[-1].message)
+    assert [counts(state) for state in states[1:]] == [(9, 0, 16), (9, 8, 8), (9, 16, 0)]
+    assert not any(state.failed for state in states)
+    given = read_conditioning(uploads / "clip.mp4", 9, 32, 48)
+    (made,) = pipeline.continue_videos(given, SamplingOptions(1.0, 0.8), [3])
+    expected = write_mp4(tmp_path / "expected.mp4", made.video, 12)
+    assert states[-1].video.read_bytes() == expected.read_bytes()
+    with av.open(str(states[-1].video)) as file:
+        assert sum(1 for _ in file.decode(video=0)) == 25
+
+
+def test_an_image_and_a_chain_of_clips(studio, uploads):
+    states = list(studio.continue_upload(str(uploads / "picture.webp"), "", 44, 0, 0.8, 0))
+    assert [counts(state)[0] for state in states[1:]] == [1] * (len(states) - 1)
+    shown = [sum(counts(state)[:2]) for state in states[1:]]
+    assert shown == sorted(shown) and shown[0] == 1 and {9, 17, 25, 33, 41, 44} <= set(shown)
+    assert "44 frames" in states[-1].message
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (None, (25, 1.0, 0.8, 0), "error: choose an image or a video first"),
+        ("sound.wav", (25, 1.0, 0.8, 0), "sound.wav"),
+        ("short.mp4", (25, 1.0, 0.8, 0), "short.mp4 has 3 frames, but 9 are needed"),
+        ("clip.mp4", (9, 1.0, 0.8, 0), "leaves nothing to generate"),
+        ("clip.mp4", (25, 1.0, 1.5, 0), "top_p=1.5 must lie between"),
+        ("clip.mp4", (25, 1.0, 0.8, None), "the seed must be a number"),
+        ("clip.mp4", (25, 1.0, 0.8, -1), "the seed must be a number"),
+    ],
+)
+def test_a_mistake_is_one_line_that_tells_no_path(studio, uploads, tmp_path, name, settings, message):
+    *_, last = studio.continue_upload(None if name is None else str(uploads / name), "", *settings)
+    assert last.failed and last.message.startswith("error: ") and message in last.message
+    assert "\n" not in last.message and str(uploads) not in last.message
+    assert list(tmp_path.iterdir()) == []
+
+
+class Checker:
+    """Stands for the guardrail's package: lets so many videos pass."""
+
+    def __init__(self, passes):
+        self.passes = passes
+
+    def check_video_safety(self, frames):
+        self.passes -= 1
+        return frames // 2 if self.passes >= 0 else None
+
+
+def test_the_guardrail_sees_everything_first(pipeline, uploads, tmp_path):
+    with open_studio(pipeline, tmp_path, Guardrail(Checker(2))) as studio:
+        states = list(studio.continue_upload(str(uploads / "clip.mp4"), "", 25, 1.0, 0.8, 0))
+    assert [bool(state.film) for state in states] == [False, True, True, False]
+    assert states[-1] == State("error: the guardrail blocks this video", failed=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_leaves_early_does_not_hold_up_the_next_one(studio, uploads):
+    first = studio.continue_upload(str(uploads / "clip.mp4"), "", 100, 1.0, 0.8, 0)
+    next(first), next(first)
+    first.close()
+    *_, last = studio.continue_upload(str(uploads / "clip.mp4"), "", 25, 1.0, 0.8, 0)
+    assert last.video is not None
+
+
+def test_any_other_error_is_one_line_too(studio, pipeline, uploads, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("first line\nsecond")
+
+    monkeypatch.setattr(pipeline, "continue_videos", fail)
+    *_, last = studio.continue_upload(str(uploads / "clip.mp4"), "", 25, 1.0, 0.8, 0)
+    assert last.message == "error: RuntimeError: first line second"
+
+
+def test_messages_are_no_html():
+    assert status_line(State("<b>", failed=True)) == '<div class="status failed" role="status">&lt;b&gt;</div>'
