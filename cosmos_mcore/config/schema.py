@@ -175,6 +175,7 @@ class LoggingConfig:
     wandb_project: NonEmptyStr | None = None
     progress_bar: bool = True  # only drawn on a terminal
     teacher_forcing_interval: PositiveInt | None = None  # steps between two pictures of predicted clips; None: none
+    sample_interval: PositiveInt | None = None  # steps between two clips that the model in training makes; None: none
     profile_step_start: NonNegativeInt | None = None  # first step recorded by torch's profiler; None: none
     profile_step_end: NonNegativeInt | None = None  # first step not recorded any more
     profile_ranks: list[NonNegativeInt] = field(default_factory=lambda: [0])  # whose steps are recorded

@@ -29,6 +29,7 @@ def validate(config: RunConfig) -> None:
     _check_precision(config)
     _check_schedule(config)
     _check_batch(config)
+    _check_sampling(config)
     start, end = config.logging.profile_step_start, config.logging.profile_step_end
     if (start is None) != (end is None) or (start is not None and end is not None and start >= end):
         raise ValueError(
@@ -93,6 +94,21 @@ def _check_schedule(config: RunConfig) -> None:
     if config.schedule.min_lr > config.optimizer.lr:
         raise ValueError(
             f"schedule.min_lr={config.schedule.min_lr} must not exceed optimizer.lr={config.optimizer.lr}; lower it"
+        )
+
+
+def _check_sampling(config: RunConfig) -> None:
+    if config.logging.sample_interval is None:
+        return
+    if config.parallel.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            "logging.sample_interval needs parallel.pipeline_model_parallel_size=1, since a stage has only some of the "
+            "weights; set it to null and generate from a checkpoint"
+        )
+    if derive_video_layout(config).latent_shape[0] == 1:
+        raise ValueError(
+            "logging.sample_interval needs clips of more than one latent frame: there is nothing to continue in an "
+            "image; set it to null"
         )
 
 

@@ -191,6 +191,20 @@ class ClipLoader:
         """The clip at a position of the run's stream of samples; not its replacement, if it could not be read."""
         return self._clips[self._sampler.clip_indices(position, 1)[0]]
 
+    def read(self, position: int) -> tuple[Clip, Batch]:
+        """Reads a sample of the run's stream apart from the steps.
+
+        Returns:
+            The clip at ``position`` or, if it cannot be read, its replacement, and a batch of it alone on the CPU, ids
+            int32.
+
+        Raises:
+            ValueError: if no clip can be read, or its embedding is gone.
+        """
+        sample = self._load(position, self._sampler.clip_indices(position, 1)[0])
+        number = int(sample[-1])
+        return self._clips[number], Batch(sample[None, :-1], self._context([number]))
+
     def video(self, clip: Clip) -> Tensor:
         """Frames [3, T, H, W] float32 in [-1, 1] on the device, as the tokenizer gets them.
 

@@ -113,19 +113,20 @@ class Studio:
             top_p: likewise.
             seed: of the draws; None: the field is empty.
         """
-        name = "" if source is None else Path(source).name
+        path = None if source is None else Path(source)  # Gradio gives a kind of str that PyAV does not take
         try:
             options = SamplingOptions(temperature, top_p)
-            yield from self._continue(source, prompt.strip(), int(num_frames), options, seed)
+            yield from self._continue(path, prompt.strip(), int(num_frames), options, seed)
         except ValueError as error:
             # The visitor knows the file by its name, not by the place that it was uploaded to.
-            yield State(f"error: {str(error).replace(str(source), name)}", failed=True)
+            message = str(error) if path is None else str(error).replace(str(path), path.name)
+            yield State(f"error: {message}", failed=True)
         except Exception as error:
             logger.exception("a generation has failed")
             yield State(f"error: {type(error).__name__}: {' '.join(str(error).split())[:200]}", failed=True)
 
     def _continue(
-        self, source: str | None, prompt: str, num_frames: int, options: SamplingOptions, seed: int | None
+        self, source: Path | None, prompt: str, num_frames: int, options: SamplingOptions, seed: int | None
     ) -> Iterator[State]:
         if source is None:
             raise ValueError("choose an image or a video first")
@@ -168,7 +169,7 @@ class Studio:
         finally:
             abandoned.set()
         frames = self._checked(made.video)
-        path = write_mp4(self._folder / f"{Path(source).stem}_{next(self._numbers)}.mp4", torch.from_numpy(frames), fps)
+        path = write_mp4(self._folder / f"{source.stem}_{next(self._numbers)}.mp4", torch.from_numpy(frames), fps)
         seconds = time.perf_counter() - started
         yield State(
             f"{_size(made)} at {fps:g} frames per second, seed {seed}, in {seconds:.1f} s",

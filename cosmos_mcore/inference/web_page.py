@@ -97,7 +97,12 @@ def build_page(studio: Studio, model: str) -> Any:
             with gr.Column(scale=1, min_width=280):
                 source = gr.File(label="Image or video", height=130, elem_id="source")
                 prompt = gr.Textbox(
-                    label="Prompt", info="what the video shows", lines=3, visible=studio.reads_text, elem_id="prompt"
+                    "",
+                    label="Prompt",
+                    info="what the video shows",
+                    lines=3,
+                    visible=studio.reads_text,
+                    elem_id="prompt",
                 )
                 num_frames = gr.Slider(2, MOST_CLIPS * clip, clip, step=1, label="Frames", elem_id="frames")
                 temperature = gr.Slider(

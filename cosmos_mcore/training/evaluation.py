@@ -21,9 +21,7 @@ from cosmos_mcore.training.token_stats import Stats, TokenStats
 def run_forward(run: Run, stats: TokenStats, batch: Batch) -> None:
     """Adds the clips of ``batch`` to ``stats``, on all ranks of the replica; accuracy included."""
     config, model = run.config, run.model
-    if config.parallel.overlap_param_gather:
-        for chunk in model:  # Megatron would bring the weights up to date in the next training step
-            chunk.start_param_sync(force_sync=True)
+    run.gather_weights()
     size = min(config.training.micro_batch_size, len(batch.ids))
     parts = micro_batches(batch.ids, batch.context, size)
     stats.start_step()

@@ -78,9 +78,7 @@ class Saver:
             if seconds > 1:
                 logger.warning("training waited %.1f s for the save before; raise checkpoint.save_interval", seconds)
         self._retry_at = None
-        if run.config.parallel.overlap_param_gather:
-            for chunk in run.model:  # Megatron would bring the weights up to date in the next forward pass
-                chunk.start_param_sync(force_sync=True)
+        run.gather_weights()
         progress = asdict(run.progress)
         check, self._checked = not self._checked, True
         self._ended(

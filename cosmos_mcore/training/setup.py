@@ -72,6 +72,12 @@ class Run:
         """The folder of the run's checkpoints."""
         return run_dir(self.config) / "checkpoints"
 
+    def gather_weights(self) -> None:
+        """Brings the weights up to date where Megatron would do so in the next step only. All ranks."""
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
+
 
 def set_up(config: RunConfig) -> Run:
     """Builds everything and loads the weights.

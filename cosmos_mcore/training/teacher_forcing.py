@@ -7,9 +7,7 @@ waits for one forward pass; decoding and drawing happen in a thread.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,9 +20,9 @@ from cosmos_mcore.config.derived import run_dir
 from cosmos_mcore.data.encode import replaced_file
 from cosmos_mcore.data.index import Clip
 from cosmos_mcore.data.loader import Batch
-from cosmos_mcore.data.mp4 import UnreadableVideoError
 from cosmos_mcore.model.sequence import zigzag_positions
 from cosmos_mcore.training.evaluation import run_forward
+from cosmos_mcore.training.pictures import PictureThread, frames_of
 from cosmos_mcore.training.setup import Run
 from cosmos_mcore.training.token_stats import TokenStats
 
@@ -47,14 +45,13 @@ class TeacherForcing:
         self._stats = TokenStats(run.layout, run.arch, run.config.model.z_loss_coeff, run.device, run.chunks)
         self._folder = run_dir(run.config) / _FOLDER
         self._replica = parallel_state.get_data_parallel_rank()
-        self._draws = (
+        draws = (
             run.chunks[-1].post_process
             and parallel_state.get_tensor_model_parallel_rank() == 0
             and parallel_state.get_context_parallel_rank() == 0
             and self._replica < _REPLICAS
         )
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="teacher-forcing") if self._draws else None
-        self._drawing: Future[None] | None = None
+        self._thread = PictureThread("teacher-forcing picture", run.device) if draws else None
 
     def measure(self, iteration: int, batch: Batch, first_sample: int) -> None:
         """Predicts a clip and starts drawing it. All ranks.
@@ -75,18 +72,16 @@ class TeacherForcing:
             "iteration %d teacher-forcing accuracy: %.2f%%, loss: %.4f",
             *(iteration, 100 * stats.token_accuracy, stats.loss),
         )
-        if self._pool is None or predicted is None:
+        if self._thread is None or self._thread.busy or predicted is None:
             return
-        if self._drawing is not None and not self._drawing.done():
-            return  # the last picture is not finished; a slow disk must not pile them up
         clip = run.loader.clip_at(first_sample + self._replica * size)
         ids = batch.ids[0].clone()
-        self._drawing = self._pool.submit(self._draw_safely, iteration, clip, ids, predicted[0])
+        self._thread.start(partial(self._draw, iteration, clip, ids, predicted[0]))
 
     def close(self) -> None:
         """Finishes the picture under way."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
+        if self._thread is not None:
+            self._thread.close()
 
     def _whole_sequence(self, predicted: Tensor) -> Tensor:
         """Predictions [1, S_local] of this rank's slice put together to [1, S]; all context-parallel ranks."""
@@ -101,22 +96,10 @@ class TeacherForcing:
             whole[:, positions.to(whole.device)] = part
         return whole
 
-    def _draw_safely(self, *arguments: Any) -> None:
-        try:
-            # A stream of its own: training's work does not queue up behind the decoder's.
-            on_gpu = self._run.device.type == "cuda"
-            with torch.cuda.stream(torch.cuda.Stream(self._run.device)) if on_gpu else nullcontext():
-                self._draw(*arguments)
-        except Exception as error:  # a picture is not worth a run
-            logger.warning("no teacher-forcing picture: %s: %s", type(error).__name__, error)
-
     @torch.no_grad()
     def _draw(self, iteration: int, clip: Clip, ids: Tensor, predicted: Tensor) -> None:
         run, layout = self._run, self._run.layout
-        try:
-            video: Tensor | None = run.loader.video(clip)
-        except UnreadableVideoError:  # only its ids are kept
-            video = None
+        video = frames_of(run.loader, clip)
         # Position j predicts token j + 1; the first token is given.
         first = 0 if layout.begin_of_video else 1
         predicted = torch.cat((ids[:first], predicted[: layout.num_tokens - first]))

@@ -36,6 +36,7 @@ from cosmos_mcore.training.flops import flops_per_clip, peak_tflops
 from cosmos_mcore.training.health import Health
 from cosmos_mcore.training.optimizer import set_learning_rate
 from cosmos_mcore.training.profiling import Profiler, report_stragglers
+from cosmos_mcore.training.samples import Samples
 from cosmos_mcore.training.saving import Saver
 from cosmos_mcore.training.schedule import learning_rate
 from cosmos_mcore.training.setup import Progress, Run
@@ -101,6 +102,7 @@ class Trainer:
         self.peak_tflops = peak_tflops(torch.cuda.get_device_name(run.device)) if on_gpu else None
         self.validation = Validation(run, lambda: bool(self.stops.poll())) if run.validation is not None else None
         self.teacher_forcing = TeacherForcing(run) if settings.teacher_forcing_interval is not None else None
+        self.samples = Samples(run, self._sampled) if settings.sample_interval is not None else None
 
     def train(self) -> Reason:
         """Runs the remaining iterations; saves every ``checkpoint.save_interval``, at the end, and when asked to stop.
@@ -120,7 +122,7 @@ class Trainer:
             self.saver.finish()
         finally:
             self.profiler.close()
-            for part in (self.teacher_forcing, self.run.validation, self.run.loader):
+            for part in (self.teacher_forcing, self.samples, self.run.validation, self.run.loader):
                 if part is not None:
                     part.close()
             for callback in self.callbacks:
@@ -211,7 +213,7 @@ class Trainer:
     def _interrupts(self, iteration: int) -> bool:
         """Whether anything but the next step, or a save, comes after this one."""
         settings = self.config.logging
-        intervals = (settings.teacher_forcing_interval, settings.straggler_interval)
+        intervals = (settings.teacher_forcing_interval, settings.sample_interval, settings.straggler_interval)
         return self._validates(iteration) or any(every and iteration % every == 0 for every in intervals)
 
     def _measure(self, batch: Batch, waited: float) -> Stats | None:
@@ -220,6 +222,8 @@ class Trainer:
         if self.teacher_forcing is not None and iteration % (settings.teacher_forcing_interval or 1) == 0:
             first_sample = self.progress.consumed_samples - self.config.training.global_batch_size
             self.teacher_forcing.measure(iteration, batch, first_sample)
+        if self.samples is not None and iteration % (settings.sample_interval or 1) == 0:
+            self.samples.take(iteration)
         if settings.straggler_interval is not None and iteration % settings.straggler_interval == 0:
             report_stragglers(self.run.device, iteration, waited)
         if self.validation is not None and self._validates(iteration):
@@ -254,6 +258,10 @@ class Trainer:
     def _saved(self, iteration: int, path: Path) -> None:
         for callback in self.callbacks:
             callback.on_save(iteration, path)
+
+    def _sampled(self, iteration: int, strip: Path) -> None:
+        for callback in self.callbacks:
+            callback.on_sample(iteration, strip)
 
     def _report(
         self,

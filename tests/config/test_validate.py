@@ -110,3 +110,14 @@ def test_weights_are_as_many_as_paths() -> None:
         validate(config)
     config.data.weights = [1.0, 0.5]
     validate(config)
+
+
+def test_clips_are_generated_by_ranks_with_all_weights_and_something_to_continue() -> None:
+    config = RunConfig()
+    config.logging.sample_interval = 100
+    validate(config)
+    config.parallel.pipeline_model_parallel_size = 2
+    assert "logging.sample_interval needs parallel.pipeline_model_parallel_size=1" in mistake(config)
+    config.parallel.pipeline_model_parallel_size = 1
+    config.data.num_frames, config.model.num_condition_latents = 1, 0
+    assert "nothing to continue in an image" in mistake(config)

@@ -187,6 +187,17 @@ def test_each_clip_brings_the_text_of_its_file(monkeypatch, tmp_path):
         loader.next()
 
 
+def test_a_sample_read_apart_is_that_of_the_steps(monkeypatch):
+    config, index, decoder = drawn(monkeypatch, 10, unreadable=[2, 7])
+    in_steps = read(config, index, steps=5).flatten(0, 1)
+    tokenizer = build_tokenizer(config, CPU)
+    with open_loader(config, index) as loader:
+        for position, expected in enumerate(in_steps):
+            clip, (ids, context) = loader.read(position)
+            assert torch.equal(ids[0].long(), expected) and context is None
+            assert torch.equal(tokenizer.encode(normalize(decoder.decode(clip))[None]).flatten(1), ids)
+
+
 def test_an_unreadable_clip_is_tried_once(monkeypatch):
     config, index, decoder = drawn(monkeypatch, 4, unreadable=[1])
     read(config, index, steps=10)

@@ -164,6 +164,15 @@ def test_the_diffusion_decoder_makes_the_frames(clips, decoder):
     assert torch.equal(pipeline.round_trip(clips[:1], seed=5)[0], expected)
 
 
+def test_the_tokenizer_shows_what_the_diffusion_decoder_is_about_to_make(clips, decoder):
+    network, shown = CachedNetwork(random_weights(ARCH), ARCH, LAYOUT, NO_GROUP), []
+    pipeline = VideoPipeline(network, lambda: HaarTokenizer(25), decoder=decoder)
+    (made,) = pipeline.continue_videos(clips[:1, :, :9], OPTIONS, [3], on_frames=shown.append)
+    assert [frames.size(2) for frames in shown] == [9, 17, 25]
+    assert torch.equal(shown[-1], HaarTokenizer(25).decode(made.ids[0][None]))
+    assert torch.equal(made.video, decoder.decode(made.ids[0], seed=3))
+
+
 def test_each_causal_clip_is_decoded_by_itself(clips, decoder):
     layout = VideoLayout(9, (4, 2, 3), False, 24, 5)
     network = CachedNetwork(random_weights(ARCH), ARCH, layout, NO_GROUP)

@@ -1,6 +1,7 @@
 """What the page shows, state by state, without a browser."""
 
 import re
+from dataclasses import replace
 
 import av
 import pytest
@@ -9,10 +10,14 @@ from PIL import Image
 
 from cosmos_mcore.config import RunConfig
 from cosmos_mcore.inference.guardrail import Guardrail
+from cosmos_mcore.inference.network import CachedNetwork
+from cosmos_mcore.inference.pipeline import VideoPipeline
 from cosmos_mcore.inference.sampling import SamplingOptions
 from cosmos_mcore.inference.video_io import read_conditioning, write_mp4
 from cosmos_mcore.inference.web import State, Studio, status_line
-from tests.inference.test_pipeline import make
+from cosmos_mcore.tokenizer.haar import HaarTokenizer
+from tests.inference.models import NO_GROUP, random_weights
+from tests.inference.test_pipeline import ARCH, LAYOUT, make
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +35,10 @@ def pipeline():
     return make()
 
 
-def open_studio(pipeline, folder, guardrail=None):
+def open_studio(pipeline, folder, guardrail=None, prompts=None):
     config = RunConfig()
     config.data.height, config.data.width, config.data.num_frames = 32, 48, 25
-    return Studio(pipeline, config, None, guardrail, folder)
+    return Studio(pipeline, config, prompts, guardrail, folder)
 
 
 @pytest.fixture
@@ -108,6 +113,37 @@ def test_the_guardrail_sees_everything_first(pipeline, uploads, tmp_path):
     assert [bool(state.film) for state in states] == [False, True, True, False]
     assert states[-1] == State("error: the guardrail blocks this video", failed=True)
     assert list(tmp_path.iterdir()) == []
+
+
+class Prompts:
+    """Stands for the text encoder: knows two prompts."""
+
+    texts = {prompt: torch.full((5, 16), float(number)) for number, prompt in enumerate(("rain", "sun"), 1)}
+
+    def check(self, prompts):
+        if prompts[0] not in self.texts:
+            raise ValueError("there is no text encoder")
+
+    def embed(self, prompts, device, group):
+        return {prompt: self.texts[prompt] for prompt in prompts}
+
+
+def test_a_model_that_reads_text_is_told_the_prompt(uploads, tmp_path, monkeypatch):
+    arch = replace(ARCH, embedding_size=64064, context_size=16)
+    layout = replace(LAYOUT, begin_of_video=True, padded_sequence_length=25)
+    network, told = CachedNetwork(random_weights(arch), arch, layout, NO_GROUP), []
+    prefill = network.prefill
+    monkeypatch.setattr(network, "prefill", lambda *given: told.append(given[-1]) or prefill(*given))
+    pipeline = VideoPipeline(network, lambda: HaarTokenizer(25))
+    clip = str(uploads / "clip.mp4")
+    with open_studio(pipeline, tmp_path, prompts=Prompts()) as studio:
+        *_, last = studio.continue_upload(clip, " sun\n", 25, 1.0, 0.8, 0)
+        *_, empty = studio.continue_upload(clip, "  ", 25, 1.0, 0.8, 0)
+        *_, unknown = studio.continue_upload(clip, "snow", 25, 1.0, 0.8, 0)
+    assert last.video is not None
+    assert [text.shape for text in told] == [(1, 5, 16)] and (told[0] == 2).all()
+    assert empty.message == "error: say in the prompt what the video shows"
+    assert unknown.message == "error: there is no text encoder"
 
 
 def test_who_leaves_early_does_not_hold_up_the_next_one(studio, uploads):

@@ -118,7 +118,8 @@ def test_upload_watch_and_download(browser, url, folder, tmp_path):
     # What the command line makes of the same input.
     checkpoint = folder / "tiny"
     config = assemble.load_config(checkpoint / "config.yaml")
-    pipeline = assemble.load_pipeline(config, resolve_arch(config.model), checkpoint)
+    where = assemble.join_processes(config)
+    pipeline = assemble.load_pipeline(config, resolve_arch(config.model), checkpoint, *where)
     given = read_conditioning(folder / "clip.mp4", 9, 64, 128)
     (made,) = pipeline.continue_videos(given, SamplingOptions(), [0])
     shut_down()

@@ -79,9 +79,11 @@ def whole(config, tmp_path_factory):
     """One process's run from the first step to the last: its folder and its numbers."""
     videos = config.parent / "videos"
     watching = (f"data.validation_path={videos}", f"training.eval_interval={HALF}", f"logging.{PICTURES}={HALF}")
+    watching += (f"logging.sample_interval={HALF}",)
     run = Command([config, *watching], tmp_path_factory.mktemp("whole"))
     curve = curve_of(run)
     assert len(list((run.folder / "video_sampling_teacher_forcing").glob("*.jpg"))) == 2
+    assert len(list((run.folder / "samples").glob("*.mp4"))) == 2
     return run.folder, curve
 
 

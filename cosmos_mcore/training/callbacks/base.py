@@ -72,5 +72,8 @@ class Callback:
     def on_save(self, iteration: int, path: Path) -> None:
         """After a checkpoint is complete on disk."""
 
+    def on_sample(self, iteration: int, strip: Path) -> None:
+        """After a generated clip of ``logging.sample_interval`` is written; ``strip`` is a PNG. In a thread."""
+
     def on_train_end(self) -> None:
         """After the last step, and when training ends early."""

@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from cosmos_mcore.training.callbacks.base import Callback, StepReport
 
 
@@ -97,6 +100,10 @@ class TensorBoard(Callback):
         for name, value in metrics(report).items():
             if name != "iteration":
                 self.writer.add_scalar(name, value, report.iteration)
+
+    def on_sample(self, iteration: int, strip: Path) -> None:
+        """Adds the picture."""
+        self.writer.add_image("sample", np.asarray(Image.open(strip).convert("RGB")), iteration, dataformats="HWC")
 
     def on_train_end(self) -> None:
         """Closes the event file."""
