@@ -43,7 +43,9 @@ class Samples:
     """Continues the first validation clip, or without validation the first training clip, always the same one.
 
     Training waits for the ids and for the tokenizer, which could need memory that a step has in use; files are written
-    in a thread.
+    in a thread. A clip that cannot be read, memory that is short, and a file that cannot be written cost the sample
+    only. An error in between ends the run as one in a step does: a rank that went on alone would leave the others
+    waiting.
 
     Args:
         run: the run, not in pipeline stages.

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -15,6 +16,7 @@ from cosmos_mcore.config import RunConfig, to_yaml
 from cosmos_mcore.inference import assemble
 from cosmos_mcore.inference.sampling import SamplingOptions
 from cosmos_mcore.inference.video_io import read_conditioning, write_mp4
+from cosmos_mcore.inference.web_page import build_page
 from cosmos_mcore.model.init import initial_tensor
 from cosmos_mcore.model.presets import resolve_arch
 from cosmos_mcore.parallel.initialize import shut_down
@@ -127,6 +129,15 @@ def test_upload_watch_and_download(browser, url, folder, tmp_path):
     assert (tmp_path / "downloaded.mp4").read_bytes() == expected.read_bytes()
     with av.open(str(expected)) as file:
         assert sum(1 for _ in file.decode(video=0)) == 33
+
+
+@pytest.mark.parametrize("reads_text", [True, False])
+def test_only_models_that_read_text_get_a_prompt(reads_text):
+    pipeline = SimpleNamespace(clip_frames=33, layout=SimpleNamespace(latent_shape=(5, 4, 8)))
+    page = build_page(SimpleNamespace(pipeline=pipeline, reads_text=reads_text, continue_upload=None), "tiny")
+    props = {part["props"].get("elem_id"): part["props"] for part in page.get_config_file()["components"]}
+    assert props["prompt"]["visible"] is reads_text and props["prompt"]["value"] == ""
+    assert props["frames"]["value"] == 33 and props["frames"]["maximum"] == 132
 
 
 def test_mistakes_are_one_line_in_the_page(browser, url, folder):
