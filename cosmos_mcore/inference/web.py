@@ -59,7 +59,7 @@ class State:
         message: one line.
         failed: whether it tells of a mistake.
         film: the frames so far, as HTML; empty: none.
-        video: the finished MP4.
+        video: the finished MP4; gone when the next state is asked for.
     """
 
     message: str
@@ -76,7 +76,7 @@ class Studio:
         config: of the model.
         prompts: embeds prompts; None for models that read no text.
         guardrail: checks everything that is shown; None: nothing does.
-        folder: where the videos go.
+        folder: where the videos are until the page has them.
     """
 
     def __init__(
@@ -171,11 +171,11 @@ class Studio:
         frames = self._checked(made.video)
         path = write_mp4(self._folder / f"{source.stem}_{next(self._numbers)}.mp4", torch.from_numpy(frames), fps)
         seconds = time.perf_counter() - started
-        yield State(
-            f"{_size(made)} at {fps:g} frames per second, seed {seed}, in {seconds:.1f} s",
-            film=film(frames, num_frames, num_given),
-            video=path,
-        )
+        message = f"{_size(made)} at {fps:g} frames per second, seed {seed}, in {seconds:.1f} s"
+        try:
+            yield State(message, film=film(frames, num_frames, num_given), video=path)
+        finally:
+            path.unlink()  # the page has a copy
 
     def _checked(self, video: Tensor) -> np.ndarray:
         """Frames [T, H, W, 3] uint8 of a video [3, T, H, W] that may be shown."""

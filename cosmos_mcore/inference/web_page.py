@@ -87,7 +87,7 @@ def build_page(studio: Studio, model: str) -> Any:
     from cosmos_mcore.inference.web import MOST_CLIPS, status_line
 
     clip, (_, *cells) = studio.pipeline.clip_frames, studio.pipeline.layout.latent_shape
-    kept = (_SECONDS_KEPT, _SECONDS_KEPT)
+    kept = (_SECONDS_KEPT // 24, _SECONDS_KEPT)  # how often is looked for what is too old, and from when on it is
     with gr.Blocks(title=f"cosmos_mcore: {model}", analytics_enabled=False, delete_cache=kept) as page:
         gr.Markdown(
             f"## Continue an image or a video\n`{model}` goes on from the last 9 frames of a video, or from an image: "
@@ -155,8 +155,11 @@ def _serve(page: Any, host: str, port: int) -> None:
             theme=gr.themes.Default(primary_hue="orange"),
             css=STYLE,
         )
-    except OSError as error:
-        raise ValueError(f"the page cannot be served on {host}:{port} ({error}); change --host or --port") from None
+    except OSError:
+        raise ValueError(
+            f"the page cannot be served on {host}:{port}: the port is taken, or the address is not this machine's; "
+            "change --port or --host"
+        ) from None
     print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
     page.block_thread()
 
