@@ -2,7 +2,7 @@
 
 FFmpeg's demuxer cuts the packets that a clip needs out of its file (``Mp4File.cut``), so DALI gets a few hundred
 kilobytes whatever the file's length, always in the same simple form. Several pipelines run at once, each in a thread of
-its own with a stream of its own: one pipeline keeps one of a GPU's engines busy.
+its own with a stream of its own: one pipeline keeps at most one of a GPU's engines busy (an H100 has seven).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from cosmos_mcore.data.images import is_image
 from cosmos_mcore.data.index import Clip
 from cosmos_mcore.data.mp4 import Mp4File, UnreadableVideoError, VideoFormat, probe
 from cosmos_mcore.data.transforms import resize_and_crop
+from cosmos_mcore.tokenizer.cuda_graph import no_capture
 
 logger = logging.getLogger(__name__)
 
-_PIPELINES = 4
-_BATCH = 4  # clips per run of a pipeline
+_PIPELINES = 8
+_BATCH = 2  # clips per run of a pipeline
 _NVDEC_CODECS = {"h264", "hevc", "av1", "vp9", "vp8"}
 _CPU_CODECS = {"vp9", "vp8", "mjpeg"}
 _NVDEC_SMALLEST = 144  # pixels; below it, some codecs' engines refuse
@@ -56,7 +57,8 @@ class DaliDecoder(ClipDecoder):
     """Decodes many clips at once.
 
     Colours are converted by DALI as BT.601, and corrected where the file says BT.709. What NVDEC cannot do, or PyAV
-    does better (rotated, more than 8 bits, other chroma, rare codecs, tiny frames, images), is decoded by PyAV.
+    does better (rotated, more than 8 bits, other chroma, rare codecs, tiny frames, images, H.264 that starts at no IDR
+    picture), is decoded by PyAV.
 
     Attributes:
         waiting: clips that wait for a pipeline.
@@ -97,10 +99,12 @@ class DaliDecoder(ClipDecoder):
         if not self._suits(form):
             return self._on_cpu(clip)
         with Mp4File(clip.path, self._config.decode_timeout) as file:
-            data, numbers = file.cut(clip.frame_numbers)
+            cut = file.cut(clip.frame_numbers)
+        if cut.at_recovery_point:
+            return self._on_cpu(clip)
         colours = _from_601_to_709() if form.colour_space == "bt709" else None
         for alone in (False, True):
-            request = _Request(np.frombuffer(data, np.uint8), np.array(numbers, np.int32), colours, alone)
+            request = _Request(np.frombuffer(cut.data, np.uint8), np.array(cut.places, np.int32), colours, alone)
             self._requests.put(request)
             request.started.wait()
             try:
@@ -222,7 +226,7 @@ class _Worker:
         if self._pipeline is None:
             torch.cuda.set_device(self._device)
             self._stream = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(self._stream):
+        with no_capture(), torch.cuda.stream(self._stream):
             frames = self._decode(batch)
             self._stream.synchronize()  # the frames are complete for whatever stream they are used on
         return frames

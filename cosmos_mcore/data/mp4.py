@@ -25,6 +25,7 @@ _OPEN_OPTIONS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 el
 
 _COLOUR_SPACES = {1: "bt709", 2: "unspecified", 5: "bt601", 6: "bt601"}  # FFmpeg's AVColorSpace
 _COPY_RATE = 30  # frames per second of files that ``cut`` makes
+_H264_IDR = 5  # type of the units of a picture that nothing before it is needed for
 
 
 class UnreadableVideoError(Exception):
@@ -40,6 +41,21 @@ class VideoFormat(NamedTuple):
     width: int
     rotation: int
     colour_space: str
+
+
+class Cut(NamedTuple):
+    """What ``Mp4File.cut`` gives.
+
+    Attributes:
+        data: an MP4 file.
+        places: of the wanted frames among its frames.
+        at_recovery_point: it starts with an H.264 keyframe that is no IDR picture (an open group of pictures), where
+            some decoders, NVDEC among them, do not start: they give black frames.
+    """
+
+    data: bytes
+    places: list[int]
+    at_recovery_point: bool
 
 
 class Mp4File:
@@ -120,16 +136,13 @@ class Mp4File:
         codec = self._stream.codec_context.codec.canonical_name  # whichever library decodes it
         return VideoFormat(codec, frame.format.name, frame.height, frame.width, round(frame.rotation), space)
 
-    def cut(self, numbers: Sequence[int]) -> tuple[bytes, list[int]]:
+    def cut(self, numbers: Sequence[int]) -> Cut:
         """Copies, without decoding, what frames need into a file of its own: from their keyframe on, at an even rate.
 
         Another decoder so needs no random access, and no idea of edit lists, start times or variable frame rates.
 
         Args:
             numbers: frame numbers from 0, increasing.
-
-        Returns:
-            An MP4 file, and the places of the frames among its frames.
 
         Raises:
             UnreadableVideoError: if a frame is missing, or the packets are damaged.
@@ -138,11 +151,12 @@ class Mp4File:
             packets, timestamps = self._demux(numbers[0], numbers[-1])
             wanted = self._timestamps(numbers, timestamps)
             packets = packets[_start(packets, wanted[0]) :]
+            at_recovery_point = self._is_h264_recovery_point(packets[0])
             # Frames shown before the keyframe that they follow in the file refer to what lies before it.
             packets = [packet for packet in packets if _pts(packet) >= _pts(packets[0])]
             shown = sorted(map(_pts, packets))
             places = {timestamp: place for place, timestamp in enumerate(shown)}
-            return self._mux(packets, places), [places[timestamp] for timestamp in wanted]
+            return Cut(self._mux(packets, places), [places[timestamp] for timestamp in wanted], at_recovery_point)
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise UnreadableVideoError(
                 f"frames {numbers[0]} to {numbers[-1]} cannot be copied ({_reason(error)})"
@@ -151,7 +165,7 @@ class Mp4File:
     def _mux(self, packets: list[av.Packet], places: dict[int, int]) -> bytes:
         file = io.BytesIO()
         with av.open(file, "w", format="mp4") as output:
-            stream = output.add_stream_from_template(self._stream)
+            stream = output.add_stream_from_template(self._stream, opaque=True)  # else it asks for the codec's encoder
             # A frame may be shown no earlier than it is decoded.
             delay = max(number - places[_pts(packet)] for number, packet in enumerate(packets))
             for number, packet in enumerate(packets):
@@ -160,6 +174,19 @@ class Mp4File:
                 packet.stream = stream
             output.mux(packets)
         return file.getvalue()
+
+    def _is_h264_recovery_point(self, keyframe: av.Packet) -> bool:
+        context = self._stream.codec_context
+        header = context.extradata
+        if context.codec.canonical_name != "h264" or header is None or header[0] != 1:  # as MP4 files have it
+            return False
+        data, size = bytes(keyframe), (header[4] & 3) + 1
+        place = 0
+        while place + size < len(data):
+            if data[place + size] & 31 == _H264_IDR:
+                return False
+            place += size + int.from_bytes(data[place : place + size], "big")
+        return True
 
     def _timestamps(self, numbers: Sequence[int], timestamps: dict[int, int]) -> list[int]:
         missing = [number for number in numbers if number not in timestamps]

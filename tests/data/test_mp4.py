@@ -26,6 +26,7 @@ KINDS = {
     "no edit list": {"container_options": {"use_editlist": "0"}},
     "fragmented": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
     "mpeg4": {"codec": "mpeg4", "codec_options": {}},
+    "av1": {"codec": "libsvtav1", "bframes": 0, "codec_options": {"preset": "12"}},
 }
 
 
@@ -87,7 +88,7 @@ def test_any_increasing_numbers(clip, numbers):
 def frames_of_cut(path, numbers):
     """What another program makes of the file that ``cut`` gives, which must show all frames from the first one on."""
     with Mp4File(path) as file:
-        data, places = file.cut(numbers)
+        data, places, _ = file.cut(numbers)
     with av.open(io.BytesIO(data)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(data) < path.stat().st_size + 2000
@@ -99,6 +100,13 @@ def test_cut_of_every_kind(clip):
     for first in range(0, FRAMES, 3):
         numbers = range(first, min(first + 7, FRAMES), 3)
         assert np.array_equal(frames_of_cut(path, numbers), everything[numbers.start : numbers.stop : 3]), first
+
+
+def test_open_groups_of_pictures_are_known(folder):
+    for name, options in (("open", KINDS["open gop"]), ("closed", {"gop": 10})):
+        with Mp4File(write_test_clip(folder / f"{name}.mp4", FRAMES, **options)) as file:
+            found = [file.cut([first]).at_recovery_point for first in (0, 25)]
+        assert found == [False, name == "open"]
 
 
 @pytest.mark.parametrize("frames_before", [5, 17])

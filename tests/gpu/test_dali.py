@@ -22,7 +22,6 @@ VP9 = {"codec": "libvpx-vp9", "bframes": 0, "codec_options": {"deadline": "realt
 CODECS = {
     "hevc": {"codec": "libx265", "codec_options": {"preset": "ultrafast", "x265-params": "log-level=none"}},
     "vp9": VP9,
-    "av1": {"codec": "libsvtav1", "bframes": 0, "codec_options": {"preset": "10"}},
     "rotated": {"rotation": 90},
     "bt709": {"codec_options": {"colorspace": "bt709"}},
     "open gop hevc": {
@@ -54,12 +53,12 @@ def test_exact_frames_of_every_kind(tmp_path: Path, decoder, kind: str) -> None:
     clips = [Clip(str(path), first, stride, 9) for first, stride in ((0, 1), (7, 3), (25, 2), (41, 1))]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(decoder.decode, clips))
+    by_pyav = decoder.on_cpu - before
+    assert by_pyav == {"rotated": 4, "mpeg4": 4, "open gop": 2}.get(kind, 0)
     for clip, frames in zip(clips, found, strict=True):
-        assert frames.device.type == "cuda"
         if kind != "rotated":
             assert [read_stamp(frame.permute(1, 2, 0).cpu().numpy()) for frame in frames] == list(clip.frame_numbers)
         assert difference(frames, pyav.decode(clip)) < 2.5  # hard edges of few pixels; natural clips differ less
-    print(f"{kind}: {decoder.on_cpu - before} of 4 clips by PyAV")
 
 
 def test_shared_clips(shared_dir: Path) -> None:
