@@ -7,6 +7,8 @@ DATA ?=
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+INSTALL := $(RUN) -m pip install $$(test -t 1 || echo -q) --disable-pip-version-check -c constraints.txt
 CODE := $(wildcard cosmos_mcore examples scripts benchmarks tests)
 MAX_LINES := 450
 
@@ -16,45 +18,50 @@ MAX_LINES := 450
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make the virtual environment (PYTHON=python3, VENV=.venv)
+setup: $(STAMP) ## make the virtual environment (PYTHON=python3, VENV=.venv); the tests add what they need
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo 'PYTHON=$(PYTHON) is not a working Python 3.10 to 3.13 with venv; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3' >&2; exit 1; }
 	@echo 'Installing into $(VENV) (about a minute on a machine without a GPU)'
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install $$(test -t 1 || echo -q) --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@$(INSTALL) -e .
 	@touch $@
 
-demo: setup ## train, resume and generate on this machine; DATA=folder takes your own MP4 files
+$(DEV): $(STAMP)
+	@echo 'Adding what the tests need'
+	@$(INSTALL) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## train, resume and generate on this machine; DATA=folder takes your own MP4 files
 	$(RUN) scripts/demo.py $(if $(DATA),--data '$(DATA)') --output outputs/demo
 
-test: setup ## the tests that need no GPU
+test: $(DEV) ## the tests that need no GPU
 	$(RUN) -m pytest -q
 
-test-layouts: setup ## every parallel layout against one process (slow)
+test-layouts: $(DEV) ## every parallel layout against one process (slow)
 	$(RUN) -m pytest -q -m layouts
 
-test-slurm: setup ## the batch file on two SLURM nodes on this machine: root, apt-get install slurm-wlm munge (slow)
+test-slurm: $(DEV) ## the batch file on two SLURM nodes on this machine: root, apt-get install slurm-wlm munge (slow)
 	$(RUN) -m pytest -q -m slurm tests/training/test_slurm.py
 
-test-soak: setup ## 20 kills at random moments, and 5,000 steps with an eye on memory, files and threads (slow)
+test-soak: $(DEV) ## 20 kills at random moments, and 5,000 steps with an eye on memory, files and threads (slow)
 	$(RUN) -m pytest -q -m soak tests/training/test_soak.py
 
-test-gpu: setup ## the tests that need GPUs
+test-gpu: $(DEV) ## the tests that need GPUs
 	$(RUN) -m pytest -q tests/gpu
 
-check: setup ## style, types, import rules, length of modules
+check: $(DEV) ## style, types, import rules, length of modules
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-logo
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/slurm/* scripts/container/* .ci/run; fi
-	@if command -v hadolint >/dev/null; then hadolint Dockerfile; fi
+	$(VENV)/bin/shellcheck scripts/slurm/* scripts/container/* benchmarks/*.sh .ci/run
+	@if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint Dockerfile; fi  # it has a package for x86-64 Linux only
 	@find $(CODE) -name '*.py' -exec awk \
 	  'FNR == $(MAX_LINES) + 1 {print FILENAME ": longer than $(MAX_LINES) lines; split it"; long = 1} END {exit long}' {} +
 
-format: setup ## put the code in order
+format: $(DEV) ## put the code in order
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 

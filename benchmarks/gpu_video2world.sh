@@ -22,7 +22,7 @@ part() { # name, command
 one="conf/video2world_5b.yaml parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false precision.moments=bf16"
 part tests python -m pytest -q tests/gpu/test_video2world.py "tests/gpu/test_fp8.py::test_a_step_never_waits_for_the_device"
 part encoder python benchmarks/gpu_text_encoder.py
-# shellcheck disable=SC2086 - several words
+# shellcheck disable=SC2086  # several words
 part 5b_4801 python benchmarks/train_step.py $one data.height=384 data.width=640
 # shellcheck disable=SC2086
 part 5b_4801_fp8 python benchmarks/train_step.py $one data.height=384 data.width=640 precision.fp8=delayed
