@@ -1,4 +1,4 @@
-"""The DALI decoder on a CPU, where it knows VP9 and MJPEG; skipped without DALI (`pip install nvidia-dali-cuda130`)."""
+"""The DALI decoder on a CPU, where it knows VP9 and MJPEG."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ from cosmos_mcore.data.mp4 import UnreadableVideoError
 from tests.data.test_loader import read, small_config
 from tests.videos import moving_square, read_stamp, write_test_clip
 
-pytest.importorskip("nvidia.dali", reason="DALI is an optional package of 500 MB")
+pytest.importorskip("nvidia.dali", reason="DALI has packages for Linux only")
 from cosmos_mcore.data import dali  # noqa: E402
 
 CPU = torch.device("cpu")
