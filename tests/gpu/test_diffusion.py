@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cosmos_mcore.config.derived import VideoLayout
-from cosmos_mcore.inference.diffusion import attention, fp8, network
+from cosmos_mcore.inference.diffusion import attention, fp8, kernels, network
 from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.pipeline import VideoPipeline
@@ -39,15 +39,23 @@ def test_golden(shared_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.
         assert (worst if dtype == torch.float32 else relative) < allowed
 
 
-@pytest.mark.parametrize("rows", [1, 2])
 @torch.no_grad()
-def test_compiled_norm(rows: int) -> None:
-    heads = torch.randn(rows, 300, 4, 128, device=CUDA, dtype=torch.bfloat16)
-    gain = torch.randn(128, device=CUDA, dtype=torch.bfloat16)
-    angles = torch.randn(300, 1, 64, device=CUDA)
-    for rotary in ((angles.cos(), angles.sin()), (None, None)):
-        made = attention._norm_function(True)(heads, gain, *rotary)
-        torch.testing.assert_close(made, attention._norm_heads(heads, gain, *rotary), atol=0.05, rtol=0.01)
+def test_kernels() -> None:
+    """In bfloat16 and at the release's widths, against float32."""
+    draw = torch.Generator(CUDA).manual_seed(0)
+    heads, gain, angles, x, matrix, row = (
+        torch.randn(shape, device=CUDA, generator=draw).bfloat16()
+        for shape in ((2, 300, 32, 128), (128,), (300, 1, 64), (2, 301, 4096), (4096, 16384), (3, 4096))
+    )
+    for rotary in ((angles.float().cos(), angles.float().sin()), None):
+        exact = attention._norm_heads(
+            heads.float().cpu(), gain.float().cpu(), rotary and tuple(t.cpu() for t in rotary)
+        )
+        made = kernels.norm_heads(heads.clone(), gain, rotary, 1e-6).float().cpu()
+        torch.testing.assert_close(made, exact, atol=0.01, rtol=0.01)
+    exact = torch.nn.functional.layer_norm(x.float(), (4096,), 1 + row[0].float(), row[1].float(), 1e-6)
+    torch.testing.assert_close(kernels.modulated_norm(x, row[1], row[0], 1e-6).float(), exact, atol=0.01, rtol=0.01)
+    assert torch.equal(kernels.scale_rows(matrix, row[2]), matrix * row[2][:, None])
 
 
 @torch.no_grad()

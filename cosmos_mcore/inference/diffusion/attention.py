@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,8 +24,8 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(head_dim))
 
     def forward(self, heads: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[B, S, heads, head_dim] to the same, turned by cosines and sines [S, 1, head_dim / 2] if there are any."""
-        return _norm_function(heads.is_cuda)(heads, self.weight, *(rotary or (None, None)))
+        """[B, S, heads, head_dim], turned by cosines and sines [S, 1, head_dim / 2] if given; on a GPU in place."""
+        return _norm_heads(heads, self.weight, rotary)
 
 
 class Attention(nn.Module):
@@ -86,16 +84,15 @@ def _kernels(cuda: bool) -> AbstractContextManager[Any]:
     return sdpa_kernel(_KERNELS, set_priority=True) if cuda else nullcontext()
 
 
-def _norm_heads(heads: Tensor, gain: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def _norm_heads(heads: Tensor, gain: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    if heads.is_cuda:  # step by step, ten passes over all queries and keys would take longer
+        from cosmos_mcore.inference.diffusion import kernels
+
+        return kernels.norm_heads(heads, gain, rotary, _EPS)
     values = heads.float()
     values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + _EPS) * gain.float()
-    if cos is not None and sin is not None:
+    if rotary is not None:
+        cos, sin = rotary
         a, b = values.chunk(2, dim=-1)
         values = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     return values.to(heads.dtype)
-
-
-@cache
-def _norm_function(cuda: bool) -> Callable[..., Tensor]:
-    """On a GPU one compiled kernel: step by step, its ten passes over all queries and keys would take longer."""
-    return torch.compile(_norm_heads) if cuda else _norm_heads

@@ -221,7 +221,7 @@ class _Residual(nn.Module):
         # All rows have one gate, so the matrix can have it, and the product can add up where it writes: both cost less
         # than a pass over all positions.
         rows = x.view(-1, x.size(2))
-        torch.addmm(rows, inner.flatten(0, 1), (last.weight * gate[:, None]).t(), out=rows)
+        torch.addmm(rows, inner.flatten(0, 1), _scale_rows(last.weight, gate).t(), out=rows)
         return x
 
 
@@ -302,8 +302,21 @@ def _modulation(channels: int, rank: int, parts: int) -> nn.Sequential:
 
 
 def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm, times one plus the scale, plus the shift: to torch's one kernel, the norm's own gain and bias."""
+    """Layer norm, times one plus the scale, plus the shift."""
+    if x.is_cuda:
+        from cosmos_mcore.inference.diffusion import kernels
+
+        return kernels.modulated_norm(x, shift, scale, eps)
     return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, eps)
+
+
+def _scale_rows(matrix: Tensor, factors: Tensor) -> Tensor:
+    """``matrix`` [N, K] with each row times its factor [N]."""
+    if matrix.is_cuda:  # at the speed of memory, which torch's own kernel halves where it repeats the factors
+        from cosmos_mcore.inference.diffusion import kernels
+
+        return kernels.scale_rows(matrix, factors)
+    return matrix * factors[:, None]
 
 
 def _with_gelu(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -131,16 +131,6 @@ def test_compiled_rounding_has_one_graph_without_breaks():
             assert torch.equal(part.float(), other.float())
 
 
-def test_compiled_norm_has_one_graph_without_breaks():
-    """What GPUs run; here without making code."""
-    from cosmos_mcore.inference.diffusion import attention
-
-    compiled = torch.compile(attention._norm_heads, backend="eager", fullgraph=True)
-    heads, gain, table = torch.randn(2, 6, 2, 8), torch.randn(8), torch.randn(6, 1, 4)
-    for arguments in ((heads, gain, table, table), (heads[:1], gain, None, None), (heads[:1, :3], gain, None, None)):
-        torch.testing.assert_close(compiled(*arguments), attention._norm_heads(*arguments))
-
-
 def test_context_parallel(tmp_path):
     """Two processes that share the latent frames against one: network and whole decoder."""
     run_ranks("tests.inference.diffusion.parallel_worker", 2, write_released(tmp_path), timeout=120)
