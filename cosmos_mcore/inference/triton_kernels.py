@@ -17,11 +17,9 @@ import triton.language as tl
 # number is 65504, they are made smaller before, and the result larger.
 FP8_SHRINK = tl.constexpr(2.0**-6)
 
-WAYS = tl.constexpr(32)  # parts that the search for a threshold divides its bounds into
-
 
 @triton.jit
-def _begin(OVERLAP: tl.constexpr):
+def begin(OVERLAP: tl.constexpr):
     """Programmatic dependent launch: lets the next kernel start up while this one runs, and waits for the one before.
 
     Nothing that another kernel of the step writes may be touched before.
@@ -84,8 +82,8 @@ def linear_kernel(
 ):
     """Each program: BLOCK_N channels of all rows. The norm's scale is the same for a whole row, so it comes last.
 
-    With ``ahead`` inputs left to do, the next kernel may start up; until this one is done, it has FETCH bytes per thread
-    of its weight brought into the L2 cache, so that memory is read while kernels change.
+    With ``ahead`` inputs left to do, the next kernel may start up; until this one is done, it has FETCH bytes per
+    thread of its weight brought into the L2 cache, so that memory is read while kernels change.
 
     BLOCK_K inputs at a time are cut into SPLIT parts, which different warps take: a product of few rows has else too
     little for more than two warps, and two cannot issue loads and conversions as fast as memory delivers.
@@ -103,11 +101,11 @@ def linear_kernel(
             columns: tl.constexpr = 32 * SPLIT // BLOCK_N
             thread = tl.arange(0, 32 * SPLIT)
             n_of = tl.program_id(0) * BLOCK_N + thread // columns
-            begin = weight + n_of.to(tl.int64) * k_size
-            begin += thread % columns * (FETCH // (weight.dtype.element_ty.primitive_bitwidth // 8))
-            _fetch(begin, n_of < n_size, FETCH)
+            ahead_of = weight + n_of.to(tl.int64) * k_size
+            ahead_of += thread % columns * (FETCH // (weight.dtype.element_ty.primitive_bitwidth // 8))
+            _fetch(ahead_of, n_of < n_size, FETCH)
             if GATED:
-                _fetch(begin + n_size.to(tl.int64) * k_size, n_of < n_size, FETCH)
+                _fetch(ahead_of + n_size.to(tl.int64) * k_size, n_of < n_size, FETCH)
         tl.extra.cuda.gdc_wait()
     squares = tl.zeros((SPLIT, BLOCK_M), tl.float32)
     for start in range(0, k_size, BLOCK_K):
@@ -217,10 +215,10 @@ def attend_kernel(
     if OVERLAP:
         if FETCH:
             length: tl.constexpr = FETCH // (kind.primitive_bitwidth // 8)
-            begin = first * SIZE + tl.arange(0, 128) * length
-            inside = begin + length <= last * SIZE
-            _fetch(keys + base + begin, inside, FETCH)
-            _fetch(values + base + begin, inside, FETCH)
+            ahead_of = first * SIZE + tl.arange(0, 128) * length
+            inside = ahead_of + length <= last * SIZE
+            _fetch(keys + base + ahead_of, inside, FETCH)
+            _fetch(values + base + ahead_of, inside, FETCH)
         tl.extra.cuda.gdc_wait()
     source = qkv + group * (QUERIES + 2) * SIZE
     inside = h_in[:, None] & d_in[None, :]
@@ -269,7 +267,7 @@ def combine_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Each program: one head of one row. Parts of the cache that are still empty have a sum of 0."""
-    _begin(OVERLAP)
+    begin(OVERLAP)
     head = tl.program_id(0)
     at = head * SPLITS + tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
@@ -279,181 +277,3 @@ def combine_kernel(
     acc = tl.load(partial + at[:, None] * SIZE + d[None, :], mask=d_in[None, :], other=0.0)
     whole = tl.sum(acc * weights[:, None], axis=0) / tl.sum(tl.load(sums + at) * weights, axis=0)
     tl.store(out + head * SIZE + d, whole.to(out.dtype.element_ty), mask=d_in)
-
-
-@triton.jit
-def largest_kernel(logits, largest, v_size, chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    """Each program: the largest logit of one chunk of a row. ``largest``: [B, chunks] float32."""
-    _begin(OVERLAP)
-    chunk, row = tl.program_id(0), tl.program_id(1)
-    v = chunk * BLOCK + tl.arange(0, BLOCK)
-    logit = tl.load(logits + row * v_size + v, mask=v < v_size, other=float("-inf"))
-    tl.store(largest + row * chunks + chunk, tl.max(logit, axis=0))
-
-
-@triton.jit
-def shares_kernel(
-    logits,
-    largest,
-    shares,
-    sums,
-    bounds,
-    v_size,
-    chunks,
-    inverse_temperature,
-    GREEDY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Each program: one chunk's probabilities relative to the largest, [B, V] float32, and their sum.
-
-    ``bounds`` [B, 2] int32 get the bits between which a threshold can lie.
-    """
-    _begin(OVERLAP)
-    chunk, row = tl.program_id(0), tl.program_id(1)
-    v = chunk * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, BLOCK_C)
-    highest = tl.max(tl.load(largest + row * chunks + c, mask=c < chunks, other=float("-inf")), axis=0)
-    logit = tl.load(logits + row * v_size + v, mask=v < v_size, other=float("-inf"))
-    if GREEDY:
-        share = tl.where(logit == highest, 1.0, 0.0)
-    else:
-        share = tl.exp((logit - highest) * inverse_temperature)
-    tl.store(shares + row * v_size + v, share, mask=v < v_size)
-    tl.store(sums + row * chunks + chunk, tl.sum(share, axis=0))
-    tl.store(bounds + row * 2, -1)
-    tl.store(bounds + row * 2 + 1, 0x3F800000)
-
-
-@triton.jit
-def _bounds(
-    bounds, weights, sums, row, chunks, limit, COUNT: tl.constexpr, NARROW: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """The bits between which the threshold lies, by the chunks' ``weights`` above WAYS numbers between ``bounds``."""
-    low = tl.load(bounds + row * 2)
-    high = tl.load(bounds + row * 2 + 1)
-    if NARROW:
-        c = tl.arange(0, BLOCK_C)
-        if not COUNT:
-            limit *= tl.sum(tl.load(sums + row * chunks + c, mask=c < chunks, other=0.0), axis=0)
-        at = (row * chunks + c[:, None]) * WAYS + tl.arange(0, WAYS)[None, :]
-        above = tl.sum(tl.load(weights + at, mask=c[:, None] < chunks, other=0.0), axis=0)
-        step = tl.cdiv(high - low, WAYS)
-        low += tl.sum((above > limit).to(tl.int32), axis=0) * step
-        high = tl.minimum(low + step, high)
-    return low, high
-
-
-@triton.jit
-def narrow_kernel(
-    shares,
-    sums,
-    bounds,
-    weights,
-    next_bounds,
-    next_weights,
-    v_size,
-    chunks,
-    limit,
-    COUNT: tl.constexpr,
-    NARROW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Each program: what one chunk has above each of WAYS numbers between the bounds, after narrowing these.
-
-    A share is kept if no more than ``limit`` (of the sum, or, if COUNT, in number) lies above it. Non-negative floats
-    are in the order of their bits, so dividing the bits is exact, and 6 times 32 ways tell all 2^30 apart. The sum over
-    chunks has one order, so the bounds are the same in every program and every run.
-    """
-    _begin(OVERLAP)
-    chunk, row = tl.program_id(0), tl.program_id(1)
-    low, high = _bounds(bounds, weights, sums, row, chunks, limit, COUNT, NARROW, BLOCK_C)
-    tl.store(next_bounds + row * 2, low)
-    tl.store(next_bounds + row * 2 + 1, high)
-    v = chunk * BLOCK + tl.arange(0, BLOCK)
-    share = tl.load(shares + row * v_size + v, mask=v < v_size, other=0.0)
-    way = tl.arange(0, WAYS)
-    edges = low + (way + 1) * tl.cdiv(high - low, WAYS)
-    taken = share.to(tl.int32, bitcast=True)[None, :] > edges[:, None]
-    weight = tl.where(taken, 1.0 if COUNT else share[None, :], 0.0)
-    tl.store(next_weights + (row * chunks + chunk) * WAYS + way, tl.sum(weight, axis=1))
-
-
-@triton.jit
-def cut_kernel(
-    shares,
-    sums,
-    bounds,
-    weights,
-    next_sums,
-    next_bounds,
-    v_size,
-    chunks,
-    limit,
-    BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Each program: one chunk, whose shares below the threshold of a COUNT become 0."""
-    _begin(OVERLAP)
-    chunk, row = tl.program_id(0), tl.program_id(1)
-    low, _ = _bounds(bounds, weights, sums, row, chunks, limit, True, True, BLOCK_C)
-    v = chunk * BLOCK + tl.arange(0, BLOCK)
-    share = tl.load(shares + row * v_size + v, mask=v < v_size, other=0.0)
-    share = tl.where(share.to(tl.int32, bitcast=True) > low, share, 0.0)
-    tl.store(shares + row * v_size + v, share, mask=v < v_size)
-    tl.store(next_sums + row * chunks + chunk, tl.sum(share, axis=0))
-    tl.store(next_bounds + row * 2, low)
-    tl.store(next_bounds + row * 2 + 1, 0x3F800000)
-
-
-@triton.jit
-def draw_kernel(
-    shares,
-    sums,
-    bounds,
-    weights,
-    winners,
-    tokens,
-    seeds,
-    position,
-    v_size,
-    chunks,
-    limit,
-    GREEDY: tl.constexpr,
-    NARROW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Each program: one chunk's best share over noise, and whose it is: [B, chunks] float32 and int32."""
-    _begin(OVERLAP)
-    chunk, row = tl.program_id(0), tl.program_id(1)
-    low, _ = _bounds(bounds, weights, sums, row, chunks, limit, False, NARROW, BLOCK_C)
-    v = chunk * BLOCK + tl.arange(0, BLOCK)
-    ratio = tl.load(shares + row * v_size + v, mask=v < v_size, other=0.0)
-    if not GREEDY:
-        # One Philox stream per seed; no two positions share a number. -log(1 - u), whose small values decide, by its
-        # series where the difference would cost digits.
-        u = tl.rand(tl.load(seeds + row), tl.load(position).to(tl.int32) * v_size + v)
-        noise = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u / 3.0)), -tl.log(1.0 - u))
-        kept = (ratio.to(tl.int32, bitcast=True) > low) & (v < v_size)
-        ratio = tl.where(kept, ratio / tl.maximum(noise, 1.0e-10), -1.0)
-    winner = tl.max(ratio, axis=0)
-    tl.store(winners + row * chunks + chunk, winner)
-    tl.store(tokens + row * chunks + chunk, tl.min(tl.where(ratio == winner, v, v_size), axis=0))
-
-
-@triton.jit
-def pick_kernel(winners, tokens, out, chunks, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr):
-    """Each program: the winner of one row's chunks."""
-    _begin(OVERLAP)
-    row = tl.program_id(0)
-    c = tl.arange(0, BLOCK_C)
-    winner = tl.load(winners + row * chunks + c, mask=c < chunks, other=-2.0)
-    token = tl.load(tokens + row * chunks + c, mask=c < chunks, other=0)
-    reached = winner == tl.max(winner, axis=0)
-    tl.store(out + row, tl.min(tl.where(reached, token, 0x7FFFFFFF), axis=0).to(tl.int64))

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from cosmos_mcore.inference import triton_draw_kernels as draw_kernels
 from cosmos_mcore.inference import triton_kernels as kernels
 from cosmos_mcore.inference.sampling import SMALLEST_TEMPERATURE, SamplingOptions
 from cosmos_mcore.inference.weights import Matrix
@@ -186,10 +187,10 @@ class _Draw:
     def narrow(self, limit: float, count: bool) -> None:
         """Finds the bounds of a threshold; the last time, they are left for the next kernel to narrow."""
         for number in range(_ROUNDS):
-            bounds, weights = self.integers(2), self.floats(kernels.WAYS.value)
+            bounds, weights = self.integers(2), self.floats(draw_kernels.WAYS.value)
             before = self.shares, self.sums, self.bounds, self.weights
             sizes = bounds, weights, self.vocabulary, self.chunks, limit
-            self.launch(kernels.narrow_kernel, *before, *sizes, COUNT=count, NARROW=number > 0)
+            self.launch(draw_kernels.narrow_kernel, *before, *sizes, COUNT=count, NARROW=number > 0)
             self.bounds, self.weights = bounds, weights
 
 
@@ -204,26 +205,26 @@ def sample(logits: Tensor, options: SamplingOptions, seeds: Tensor, position: Te
     greedy = options.temperature == 0
     draw = _Draw(logits)
     largest = draw.floats()
-    kernels.largest_kernel[(draw.chunks, rows)](
+    draw_kernels.largest_kernel[(draw.chunks, rows)](
         logits, largest, vocabulary, draw.chunks, BLOCK=draw.block, **_launch(), num_warps=4
     )
     start = logits, largest, draw.shares, draw.sums, draw.bounds, vocabulary, draw.chunks
-    draw.launch(kernels.shares_kernel, *start, 1.0 / max(options.temperature, SMALLEST_TEMPERATURE), GREEDY=greedy)
+    draw.launch(draw_kernels.shares_kernel, *start, 1.0 / max(options.temperature, SMALLEST_TEMPERATURE), GREEDY=greedy)
     if not greedy and options.top_k is not None and options.top_k < vocabulary:
         draw.narrow(options.top_k - 0.5, True)
         before = draw.shares, draw.sums, draw.bounds, draw.weights
         draw.sums, draw.bounds = draw.floats(), draw.integers(2)
         sizes = draw.sums, draw.bounds, vocabulary, draw.chunks, options.top_k - 0.5
-        draw.launch(kernels.cut_kernel, *before, *sizes)
+        draw.launch(draw_kernels.cut_kernel, *before, *sizes)
     top_p = None if greedy else options.top_p
     if top_p is not None:
         draw.narrow(top_p, False)
     winners, tokens = draw.floats(), draw.integers(draw.chunks)
     before = draw.shares, draw.sums, draw.bounds, draw.weights
     rest = winners, tokens, seeds, position, vocabulary, draw.chunks, top_p or 0.0
-    draw.launch(kernels.draw_kernel, *before, *rest, GREEDY=greedy, NARROW=top_p is not None)
+    draw.launch(draw_kernels.draw_kernel, *before, *rest, GREEDY=greedy, NARROW=top_p is not None)
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    kernels.pick_kernel[(rows,)](
+    draw_kernels.pick_kernel[(rows,)](
         winners, tokens, token, draw.chunks, BLOCK_C=draw.sizes["BLOCK_C"], **_launch(), num_warps=4
     )
     return token
