@@ -5,12 +5,14 @@
 
 Weights are random. ``share_of_bandwidth`` is what a token must read (weights of layers and head, and the filled cache)
 over the peak of the GPU's memory. ``--kernels`` adds the time of each kernel in one step in the middle of the clip.
-``--tiles`` takes what gpu_linear_tiles.py found instead of the tiles in triton_ops.py.
+Where ``--ahead-mib`` has several values, or ``--tiles`` (what gpu_linear_tiles.py found) may replace the tiles of
+triton_ops.py, each case first takes 200 steps with each, and then the whole clip with the fastest.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections import Counter
@@ -132,6 +134,12 @@ def measure(network: CachedNetwork, batch: int, prompt: int, new: int, kernels: 
     }
 
 
+def use(setting: tuple[float, dict[Any, Tiles]]) -> None:
+    """Sets the MiB that are read ahead, and the tiles."""
+    triton_ops.AHEAD_BYTES = int(setting[0] * 2**20)
+    triton_ops.BEST_TILES = setting[1]
+
+
 def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,25 +150,43 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=7680)
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--no-overlap", action="store_true", help="without programmatic dependent launch")
-    parser.add_argument("--ahead-mib", type=float, help="instead of triton_ops.AHEAD_BYTES")
+    ahead = triton_ops.AHEAD_BYTES / 2**20
+    parser.add_argument("--ahead-mib", type=float, nargs="+", default=[ahead], help="for triton_ops.AHEAD_BYTES")
     parser.add_argument("--tiles", type=Path, help="a file that gpu_linear_tiles.py wrote")
     args = parser.parse_args()
     if args.no_overlap:
         triton_ops.OVERLAP = False
-    if args.ahead_mib is not None:
-        triton_ops.AHEAD_BYTES = int(args.ahead_mib * 2**20)
+    tables = [triton_ops.BEST_TILES]
     if args.tiles is not None:
-        triton_ops.BEST_TILES |= {tuple(key): Tiles(*tiles) for key, tiles in json.loads(args.tiles.read_text())}
+        timed = {tuple(key): Tiles(*tiles) for key, tiles in json.loads(args.tiles.read_text())}
+        tables.insert(0, {**triton_ops.BEST_TILES, **timed})
+    settings = list(itertools.product(args.ahead_mib, tables))
     network = build(args.preset, (33, 640, 1024))
     for case in args.cases:
         batch, _, precision = case.partition(":")
         tested = in_fp8(network) if precision == "fp8" else network
+        tried = []
+        if len(settings) > 1:
+            for number in range(len(settings)):
+                use(settings[number])
+                tried.append((measure(tested, int(batch), args.prompt, 200, False)["ms_per_step"], number))
+        ahead_mib, table = settings[min(tried)[1] if tried else 0]
+        use((ahead_mib, table))
         result = measure(tested, int(batch), args.prompt, args.new, args.kernels)
-        del tested
-        torch.cuda.empty_cache()
-        line = {**vars(args), "tiles": args.tiles and str(args.tiles), "case": case, "processes": world_size()}
+        line = {
+            "case": case,
+            "preset": args.preset,
+            "prompt": args.prompt,
+            "new": args.new,
+            "overlap": not args.no_overlap,
+            "processes": world_size(),
+            **result,
+            "ahead_mib": ahead_mib,
+            "timed_tiles": table is not tables[-1],
+            "tried": [(settings[number][0], settings[number][1] is not tables[-1], ms) for ms, number in tried],
+        }
         if is_rank_zero():
-            print(json.dumps({**line, **result, **environment()}), flush=True)
+            print(json.dumps({**line, **environment()}), flush=True)
     shut_down()
 
 

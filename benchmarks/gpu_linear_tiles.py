@@ -4,8 +4,8 @@
 
 One JSON line per product and case: GB/s with the tiles in use, with cuBLAS (bf16), and with each of those tried, the
 best first. Each product is timed over copies of its weight that do not fit into the L2 cache together, replayed as one
-CUDA graph. Tiles that are better than those in use by 2 % go to OUTPUT.json, for ``gpu_generate.py --tiles``; if that is
-faster, they belong into ``BEST_TILES`` of ``inference/triton_ops.py``.
+CUDA graph. Tiles that are better than those in use by 2 % go to OUTPUT.json, for ``gpu_generate.py --tiles``; if
+that is faster, they belong into ``BEST_TILES`` of ``inference/triton_ops.py``.
 """
 
 from __future__ import annotations

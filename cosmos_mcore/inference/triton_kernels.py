@@ -43,19 +43,19 @@ def _launch_next_if(now):
 
 
 @triton.jit
-def _fetch(address, inside, BYTES: tl.constexpr):
-    """Asks for BYTES, a multiple of 16, from each address to come into the L2 cache, and waits for nothing."""
+def _fetch(address, inside, size):
+    """Asks for ``size`` bytes, a multiple of 16, from each address to come into the L2 cache, and waits for nothing."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
         "=r,l,r,r",
-        [address.to(tl.int64), inside.to(tl.int32), tl.full(address.shape, BYTES, tl.int32)],
+        [address.to(tl.int64), inside.to(tl.int32), tl.zeros(address.shape, tl.int32) + size],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead", "fetch"])
 def linear_kernel(
     x,
     weight,
@@ -68,6 +68,7 @@ def linear_kernel(
     k_size,
     eps,
     ahead,
+    fetch,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
@@ -77,13 +78,12 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
-    FETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Each program: BLOCK_N channels of all rows. The norm's scale is the same for a whole row, so it comes last.
 
-    With ``ahead`` inputs left to do, the next kernel may start up; until this one is done, it has FETCH bytes per
-    thread of its weight brought into the L2 cache, so that memory is read while kernels change.
+    With ``ahead`` inputs left to do, the next kernel may start up; until this one is done, it has ``fetch`` bytes
+    per thread of its weight brought into the L2 cache, so that memory is read while kernels change.
 
     BLOCK_K inputs at a time are cut into SPLIT parts, which different warps take: a product of few rows has else too
     little for more than two warps, and two cannot issue loads and conversions as fast as memory delivers.
@@ -97,15 +97,15 @@ def linear_kernel(
     parts = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
     up_parts = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
     if OVERLAP:
-        if FETCH:
-            columns: tl.constexpr = 32 * SPLIT // BLOCK_N
-            thread = tl.arange(0, 32 * SPLIT)
-            n_of = tl.program_id(0) * BLOCK_N + thread // columns
-            ahead_of = weight + n_of.to(tl.int64) * k_size
-            ahead_of += thread % columns * (FETCH // (weight.dtype.element_ty.primitive_bitwidth // 8))
-            _fetch(ahead_of, n_of < n_size, FETCH)
-            if GATED:
-                _fetch(ahead_of + n_size.to(tl.int64) * k_size, n_of < n_size, FETCH)
+        columns: tl.constexpr = 32 * SPLIT // BLOCK_N
+        thread = tl.arange(0, 32 * SPLIT)
+        n_of = tl.program_id(0) * BLOCK_N + thread // columns
+        fetched = (n_of < n_size) & (fetch > 0)
+        first = weight + n_of.to(tl.int64) * k_size
+        first += thread % columns * (fetch // (weight.dtype.element_ty.primitive_bitwidth // 8))
+        _fetch(first, fetched, fetch)
+        if GATED:
+            _fetch(first + n_size.to(tl.int64) * k_size, fetched, fetch)
         tl.extra.cuda.gdc_wait()
     squares = tl.zeros((SPLIT, BLOCK_M), tl.float32)
     for start in range(0, k_size, BLOCK_K):
@@ -165,7 +165,7 @@ def _turned(source, offset, d, inside, gains, turn_cos, turn_sin, eps, SIZE: tl.
     return one * turn_cos[None, :] + tl.where(d < half, -two, two) * turn_sin[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead", "fetch"])
 def attend_kernel(
     qkv,
     keys,
@@ -181,21 +181,22 @@ def attend_kernel(
     capacity,
     scale,
     eps,
+    ahead,
+    fetch,
     QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SPLITS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Each program: the queries of one group of one row against one part of the filled cache.
 
     The first part's program also takes the new token's key and value, and puts them into the cache. Position and cache
-    are those that the step before left, so they are touched before the kernel before is done: FETCH bytes per thread of
-    keys and of values come into the L2 cache meanwhile. AHEAD positions before its end the next kernel may start up.
+    are those that the step before left, so they are touched before the kernel before is done: ``fetch`` bytes per
+    thread of keys and of values come into the L2 cache meanwhile. With ``ahead`` positions left to do, the next kernel
+    may start up.
     """
     group = tl.program_id(0)
     split = tl.program_id(1)
@@ -213,12 +214,11 @@ def attend_kernel(
     turn_cos = tl.load(cos + angle, mask=d_in, other=0.0)
     turn_sin = tl.load(sin + angle, mask=d_in, other=0.0)
     if OVERLAP:
-        if FETCH:
-            length: tl.constexpr = FETCH // (kind.primitive_bitwidth // 8)
-            ahead_of = first * SIZE + tl.arange(0, 128) * length
-            inside = ahead_of + length <= last * SIZE
-            _fetch(keys + base + ahead_of, inside, FETCH)
-            _fetch(values + base + ahead_of, inside, FETCH)
+        length = fetch // (kind.primitive_bitwidth // 8)
+        begun = first * SIZE + tl.arange(0, 128) * length
+        fetched = (begun + length <= last * SIZE) & (fetch > 0)
+        _fetch(keys + base + begun, fetched, fetch)
+        _fetch(values + base + begun, fetched, fetch)
         tl.extra.cuda.gdc_wait()
     source = qkv + group * (QUERIES + 2) * SIZE
     inside = h_in[:, None] & d_in[None, :]
@@ -236,7 +236,7 @@ def attend_kernel(
     acc = tl.where(is_first, v.to(tl.float32), 0.0)[None, :] + tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for start in range(first, last, BLOCK_S):
         if OVERLAP:
-            _launch_next_if(start + AHEAD >= last)
+            _launch_next_if(start + ahead >= last)
         s = start + tl.arange(0, BLOCK_S)
         s_in = s < last
         cached = tl.load(keys + base + s[None, :] * SIZE + d[:, None], mask=s_in[None, :] & d_in[:, None], other=0.0)
