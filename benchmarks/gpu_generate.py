@@ -1,18 +1,23 @@
-"""How fast does the KV cache generate on this GPU? One JSON line.
+"""How fast does the KV cache generate on this GPU? One JSON line per case.
 
-    python benchmarks/gpu_generate.py [--preset 4b] [--batch 8] [--fp8] [--prompt 5120 --new 7680] [--kernels]
+    python benchmarks/gpu_generate.py [--preset 4b] [--cases 1 1:fp8 8] [--prompt 5120 --new 7680] [--kernels]
     torchrun --nproc-per-node 2 benchmarks/gpu_generate.py
 
 Weights are random. ``share_of_bandwidth`` is what a token must read (weights of layers and head, and the filled cache)
 over the peak of the GPU's memory. ``--kernels`` adds the time of each kernel in one step in the middle of the clip.
+Where ``--ahead-mib`` has several values, or ``--tiles`` (what gpu_linear_tiles.py found) may replace the tiles of
+triton_ops.py, each case first takes 200 steps with each, and then the whole clip with the fastest.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +32,8 @@ from cosmos_mcore.inference.generate import TokenGenerator
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.offload import tensors_of
 from cosmos_mcore.inference.sampling import SamplingOptions
-from cosmos_mcore.inference.weights import weights_from
+from cosmos_mcore.inference.triton_ops import Tiles
+from cosmos_mcore.inference.weights import quantize, weights_from
 from cosmos_mcore.model.init import initial_tensor
 from cosmos_mcore.model.presets import PRESETS
 from cosmos_mcore.parallel.initialize import initialize, shut_down
@@ -36,8 +42,8 @@ from cosmos_mcore.parallel.launch import is_rank_zero, world_size
 PEAK_TB_PER_S = {"H200": 4.8, "H100": 3.35, "A100": 2.04}
 
 
-def build(preset: str, fp8: bool, size: tuple[int, int, int]) -> CachedNetwork:
-    """A network of random weights, for clips of (frames, height, width)."""
+def build(preset: str, size: tuple[int, int, int]) -> CachedNetwork:
+    """A network of random bfloat16 weights, for clips of (frames, height, width)."""
     config, arch = RunConfig(), PRESETS[preset]
     config.data.num_frames, config.data.height, config.data.width = size
     config.parallel.tensor_model_parallel_size = world_size()
@@ -49,11 +55,19 @@ def build(preset: str, fp8: bool, size: tuple[int, int, int]) -> CachedNetwork:
         arch,
         device,
         torch.bfloat16,
-        fp8,
-        group.rank(),
-        group.size(),
+        rank=group.rank(),
+        size=group.size(),
     )
     return CachedNetwork(weights, arch, derive_video_layout(config), group)
+
+
+def in_fp8(network: CachedNetwork) -> CachedNetwork:
+    """The same network with the layers' weights in 8 bits."""
+    layers = tuple(
+        replace(layer, **{name: quantize(getattr(layer, name).data) for name in ("qkv", "proj", "fc1", "fc2")})
+        for layer in network.weights.layers
+    )
+    return CachedNetwork(replace(network.weights, layers=layers), network.arch, network.layout, network.group)
 
 
 def bytes_per_step(network: CachedNetwork, batch: int, filled: float) -> float:
@@ -95,12 +109,17 @@ def measure(network: CachedNetwork, batch: int, prompt: int, new: int, kernels: 
         made = generator(ids, tokens, seeds)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    again = generator(ids, min(new, 256), seeds)
     prefill, whole = seconds
     step = (whole - prefill) / (new - 1)
+    times = {}
+    if kernels:  # the cache is filled to the end; the step overwrites a position in its middle
+        generator._position.fill_(prompt + new // 2)
+        generator.advance()
+        times = {"kernel_microseconds": kernel_times(generator)}
+    again = generator(ids, min(new, 64), seeds)
     peak = next((peak for name, peak in PEAK_TB_PER_S.items() if name in torch.cuda.get_device_name()), None)
     read = bytes_per_step(network, batch, prompt + new / 2)
-    result = {
+    return {
         "tokens_per_second": round(batch / step, 1),
         "tokens_per_second_with_prefill": round(batch * new / whole, 1),
         "ms_per_step": round(step * 1e3, 4),
@@ -111,11 +130,14 @@ def measure(network: CachedNetwork, batch: int, prompt: int, new: int, kernels: 
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "repeatable": torch.equal(made[:, : again.size(1)], again),
         "distinct_tokens": made[:, prompt:].unique().numel(),
+        **times,
     }
-    if kernels:
-        generator(ids, new // 2, seeds)
-        result["kernel_microseconds"] = kernel_times(generator)
-    return result
+
+
+def use(setting: tuple[float, dict[Any, Tiles]]) -> None:
+    """Sets the MiB that are read ahead, and the tiles."""
+    triton_ops.AHEAD_BYTES = int(setting[0] * 2**20)
+    triton_ops.BEST_TILES = setting[1]
 
 
 def main() -> None:
@@ -123,19 +145,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     presets = [name for name, arch in PRESETS.items() if not arch.text_to_video]
     parser.add_argument("--preset", default="4b", choices=presets)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--fp8", action="store_true")
+    parser.add_argument("--cases", nargs="+", default=["1"], help="sequences at a time, :fp8 behind for 8-bit weights")
     parser.add_argument("--prompt", type=int, default=5120)
     parser.add_argument("--new", type=int, default=7680)
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--no-overlap", action="store_true", help="without programmatic dependent launch")
+    ahead = triton_ops.AHEAD_BYTES / 2**20
+    parser.add_argument("--ahead-mib", type=float, nargs="+", default=[ahead], help="for triton_ops.AHEAD_BYTES")
+    parser.add_argument("--tiles", type=Path, help="a file that gpu_linear_tiles.py wrote")
     args = parser.parse_args()
     if args.no_overlap:
         triton_ops.OVERLAP = False
-    network = build(args.preset, args.fp8, (33, 640, 1024))
-    result = measure(network, args.batch, args.prompt, args.new, args.kernels)
-    if is_rank_zero():
-        print(json.dumps({**vars(args), "processes": world_size(), **result, **environment()}))
+    tables = [triton_ops.BEST_TILES]
+    if args.tiles is not None:
+        timed = {tuple(key): Tiles(*tiles) for key, tiles in json.loads(args.tiles.read_text())}
+        tables.insert(0, {**triton_ops.BEST_TILES, **timed})
+    settings = list(itertools.product(args.ahead_mib, tables))
+    network = build(args.preset, (33, 640, 1024))
+    for case in args.cases:
+        batch, _, precision = case.partition(":")
+        tested = in_fp8(network) if precision == "fp8" else network
+        tried = []
+        if len(settings) > 1:
+            for number in range(len(settings)):
+                use(settings[number])
+                tried.append((measure(tested, int(batch), args.prompt, 200, False)["ms_per_step"], number))
+        ahead_mib, table = settings[min(tried)[1] if tried else 0]
+        use((ahead_mib, table))
+        result = measure(tested, int(batch), args.prompt, args.new, args.kernels)
+        line = {
+            "case": case,
+            "preset": args.preset,
+            "prompt": args.prompt,
+            "new": args.new,
+            "overlap": not args.no_overlap,
+            "processes": world_size(),
+            **result,
+            "ahead_mib": ahead_mib,
+            "timed_tiles": table is not tables[-1],
+            "tried": [(settings[number][0], settings[number][1] is not tables[-1], ms) for ms, number in tried],
+        }
+        if is_rank_zero():
+            print(json.dumps({**line, **environment()}), flush=True)
     shut_down()
 
 

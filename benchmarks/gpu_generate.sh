@@ -20,17 +20,12 @@ part() { # name, command
 }
 
 part tests python -m pytest -q tests/gpu/test_generation.py
-part 4b python benchmarks/gpu_generate.py --kernels
+part 4b python benchmarks/gpu_generate.py --kernels --cases 1 1:fp8 8 8:fp8
 part 4b_no_overlap python benchmarks/gpu_generate.py --no-overlap
-part 4b_fp8 python benchmarks/gpu_generate.py --fp8 --kernels
-part 4b_batch8 python benchmarks/gpu_generate.py --batch 8 --kernels
-part tiles python benchmarks/gpu_linear_tiles.py
-part tiles_fp8 python benchmarks/gpu_linear_tiles.py --fp8
-part tiles_batch8 python benchmarks/gpu_linear_tiles.py --batch 8
+part tiles python benchmarks/gpu_linear_tiles.py "$output/tiles.json"
+part 4b_tiles python benchmarks/gpu_generate.py --cases 1 1:fp8 8 --tiles "$output/tiles.json"
 part 1b python benchmarks/gpu_generate.py --preset 1b
-part 12b python benchmarks/gpu_generate.py --preset 12b
-part 12b_fp8 python benchmarks/gpu_generate.py --preset 12b --fp8
-part 4b_batch8_fp8 python benchmarks/gpu_generate.py --batch 8 --fp8
+part 12b python benchmarks/gpu_generate.py --preset 12b --cases 1 1:fp8
 for processes in 2 4 8; do
   if [ "$gpus" -ge "$processes" ]; then
     part "4b_tp$processes" torchrun --nproc-per-node "$processes" benchmarks/gpu_generate.py --kernels

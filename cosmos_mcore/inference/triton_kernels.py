@@ -19,10 +19,10 @@ FP8_SHRINK = tl.constexpr(2.0**-6)
 
 
 @triton.jit
-def _begin(OVERLAP: tl.constexpr):
+def begin(OVERLAP: tl.constexpr):
     """Programmatic dependent launch: lets the next kernel start up while this one runs, and waits for the one before.
 
-    Nothing that another kernel writes may be touched before.
+    Nothing that another kernel of the step writes may be touched before.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -30,6 +30,32 @@ def _begin(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def _launch_next_if(now):
+    """Lets the next kernel start up. A predicate, not a branch: branches would end the pipeline of a loop's loads."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $1, 0; @p griddepcontrol.launch_dependents; mov.u32 $0, 0; }",
+        "=r,r",
+        [now.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _fetch(address, inside, size):
+    """Asks for ``size`` bytes, a multiple of 16, from each address to come into the L2 cache, and waits for nothing."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [address.to(tl.int64), inside.to(tl.int32), tl.zeros(address.shape, tl.int32) + size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit(do_not_specialize=["ahead", "fetch"])
 def linear_kernel(
     x,
     weight,
@@ -41,6 +67,8 @@ def linear_kernel(
     n_size,
     k_size,
     eps,
+    ahead,
+    fetch,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
@@ -54,6 +82,9 @@ def linear_kernel(
 ):
     """Each program: BLOCK_N channels of all rows. The norm's scale is the same for a whole row, so it comes last.
 
+    With ``ahead`` inputs left to do, the next kernel may start up; until this one is done, it has ``fetch`` bytes
+    per thread of its weight brought into the L2 cache, so that memory is read while kernels change.
+
     BLOCK_K inputs at a time are cut into SPLIT parts, which different warps take: a product of few rows has else too
     little for more than two warps, and two cannot issue loads and conversions as fast as memory delivers.
     """
@@ -65,9 +96,21 @@ def linear_kernel(
     row = n.to(tl.int64)[None, :, None] * k_size
     parts = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
     up_parts = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
-    _begin(OVERLAP)
+    if OVERLAP:
+        columns: tl.constexpr = 32 * SPLIT // BLOCK_N
+        thread = tl.arange(0, 32 * SPLIT)
+        n_of = tl.program_id(0) * BLOCK_N + thread // columns
+        fetched = (n_of < n_size) & (fetch > 0)
+        first = weight + n_of.to(tl.int64) * k_size
+        first += thread % columns * (fetch // (weight.dtype.element_ty.primitive_bitwidth // 8))
+        _fetch(first, fetched, fetch)
+        if GATED:
+            _fetch(first + n_size.to(tl.int64) * k_size, fetched, fetch)
+        tl.extra.cuda.gdc_wait()
     squares = tl.zeros((SPLIT, BLOCK_M), tl.float32)
     for start in range(0, k_size, BLOCK_K):
+        if OVERLAP:
+            _launch_next_if(start + ahead >= k_size)
         k = start + inner
         k_in = k < k_size
         part = tl.load(
@@ -122,7 +165,7 @@ def _turned(source, offset, d, inside, gains, turn_cos, turn_sin, eps, SIZE: tl.
     return one * turn_cos[None, :] + tl.where(d < half, -two, two) * turn_sin[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead", "fetch"])
 def attend_kernel(
     qkv,
     keys,
@@ -138,6 +181,8 @@ def attend_kernel(
     capacity,
     scale,
     eps,
+    ahead,
+    fetch,
     QUERIES: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -148,12 +193,18 @@ def attend_kernel(
 ):
     """Each program: the queries of one group of one row against one part of the filled cache.
 
-    The first part's program also takes the new token's key and value, and puts them into the cache.
+    The first part's program also takes the new token's key and value, and puts them into the cache. Position and cache
+    are those that the step before left, so they are touched before the kernel before is done: ``fetch`` bytes per
+    thread of keys and of values come into the L2 cache meanwhile. With ``ahead`` positions left to do, the next kernel
+    may start up.
     """
     group = tl.program_id(0)
     split = tl.program_id(1)
-    _begin(OVERLAP)
     at = tl.load(position).to(tl.int32)
+    base = group.to(tl.int64) * capacity * SIZE
+    share = tl.cdiv(tl.cdiv(at, SPLITS), BLOCK_S) * BLOCK_S
+    first = split * share
+    last = tl.minimum(first + share, at)
     h = tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
     h_in = h < QUERIES
@@ -162,6 +213,13 @@ def attend_kernel(
     angle = at * (SIZE // 2) + d % (SIZE // 2)
     turn_cos = tl.load(cos + angle, mask=d_in, other=0.0)
     turn_sin = tl.load(sin + angle, mask=d_in, other=0.0)
+    if OVERLAP:
+        length = fetch // (kind.primitive_bitwidth // 8)
+        begun = first * SIZE + tl.arange(0, 128) * length
+        fetched = (begun + length <= last * SIZE) & (fetch > 0)
+        _fetch(keys + base + begun, fetched, fetch)
+        _fetch(values + base + begun, fetched, fetch)
+        tl.extra.cuda.gdc_wait()
     source = qkv + group * (QUERIES + 2) * SIZE
     inside = h_in[:, None] & d_in[None, :]
     q = _turned(source, h[:, None] * SIZE, d, inside, q_norm, turn_cos, turn_sin, eps, SIZE).to(kind)
@@ -169,7 +227,6 @@ def attend_kernel(
     k = _turned(source, (QUERIES + one)[:, None] * SIZE, d, d_in[None, :], k_norm, turn_cos, turn_sin, eps, SIZE)
     k = tl.sum(k, axis=0).to(kind)
     v = tl.load(source + (QUERIES + 1) * SIZE + d, mask=d_in, other=0.0)
-    base = group.to(tl.int64) * capacity * SIZE
     is_first = split == 0
     tl.store(keys + base + at * SIZE + d, k, mask=d_in & is_first)
     tl.store(values + base + at * SIZE + d, v, mask=d_in & is_first)
@@ -177,10 +234,9 @@ def attend_kernel(
     top = tl.where(is_first, score, float("-inf"))
     total = tl.where(is_first, 1.0, 0.0) + tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.where(is_first, v.to(tl.float32), 0.0)[None, :] + tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    share = tl.cdiv(tl.cdiv(at, SPLITS), BLOCK_S) * BLOCK_S
-    first = split * share
-    last = tl.minimum(first + share, at)
     for start in range(first, last, BLOCK_S):
+        if OVERLAP:
+            _launch_next_if(start + ahead >= last)
         s = start + tl.arange(0, BLOCK_S)
         s_in = s < last
         cached = tl.load(keys + base + s[None, :] * SIZE + d[:, None], mask=s_in[None, :] & d_in[:, None], other=0.0)
@@ -211,7 +267,7 @@ def combine_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Each program: one head of one row. Parts of the cache that are still empty have a sum of 0."""
-    _begin(OVERLAP)
+    begin(OVERLAP)
     head = tl.program_id(0)
     at = head * SPLITS + tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
@@ -221,108 +277,3 @@ def combine_kernel(
     acc = tl.load(partial + at[:, None] * SIZE + d[None, :], mask=d_in[None, :], other=0.0)
     whole = tl.sum(acc * weights[:, None], axis=0) / tl.sum(tl.load(sums + at) * weights, axis=0)
     tl.store(out + head * SIZE + d, whole.to(out.dtype.element_ty), mask=d_in)
-
-
-@triton.jit
-def _above(shares, bits, floor, v_size, BLOCK: tl.constexpr):
-    """Sum and number of the shares above the number with these bits, those below ``floor`` left out."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    count = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, v_size, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        share = tl.load(shares + v, mask=v < v_size, other=0.0)
-        key = share.to(tl.int32, bitcast=True)
-        taken = (key > bits) & (key >= floor) & (v < v_size)
-        total += tl.where(taken, share, 0.0)
-        count += tl.where(taken, 1.0, 0.0)
-    return tl.sum(total, axis=0), tl.sum(count, axis=0)
-
-
-@triton.jit
-def _threshold(shares, limit, floor, v_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Bits of a number: from it on the shares are kept, since no more than ``limit`` lies above each of them.
-
-    Non-negative floats are in the order of their bits, so bisecting the bits is exact. The largest share is 1. With one
-    share left between the bounds all is said: what lies above it is what lies above the upper bound.
-    """
-    low = floor - 1
-    high = tl.full((), 0x3F800000, tl.int32)
-    above_low = v_size.to(tl.float32)
-    above_high = tl.full((), 0.0, tl.float32)
-    while (high - low > 1) & (above_low - above_high > 1.5):
-        middle = low + (high - low) // 2
-        total, count = _above(shares, middle, floor, v_size, BLOCK)
-        weight = count if COUNT else total
-        if weight <= limit:
-            high = middle
-            above_high = count
-        else:
-            low = middle
-            above_low = count
-    return low + 1
-
-
-@triton.jit
-def sample_kernel(
-    logits,
-    shares,
-    out,
-    seeds,
-    position,
-    v_size,
-    inverse_temperature,
-    top_p,
-    top_k,
-    GREEDY: tl.constexpr,
-    TOP_P: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Each program: one row. ``shares`` [B, V] float32 is scratch: probabilities relative to the largest."""
-    _begin(OVERLAP)
-    row = tl.program_id(0)
-    logits += row * v_size
-    shares += row * v_size
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, v_size, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        best = tl.maximum(best, tl.load(logits + v, mask=v < v_size, other=float("-inf")))
-    highest = tl.max(best, axis=0)
-    floor = tl.full((), 0, tl.int32)
-    seed = tl.load(seeds + row)
-    at = tl.load(position).to(tl.int32)
-    if not GREEDY:
-        sums = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, v_size, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            logit = tl.load(logits + v, mask=v < v_size, other=float("-inf"))
-            share = tl.exp((logit - highest) * inverse_temperature)
-            tl.store(shares + v, share, mask=v < v_size)
-            sums += share
-        tl.debug_barrier()  # other threads may read what this one wrote
-        total = tl.sum(sums, axis=0)
-        if TOP_K:
-            floor = _threshold(shares, top_k - 0.5, floor, v_size, True, BLOCK)
-            total, _ = _above(shares, floor - 1, floor, v_size, BLOCK)
-        if TOP_P:
-            floor = _threshold(shares, top_p * total, floor, v_size, False, BLOCK)
-    winner = tl.full((BLOCK,), -1.0, tl.float32)
-    token = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, v_size, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        if GREEDY:
-            logit = tl.load(logits + v, mask=v < v_size, other=float("-inf"))
-            ratio = tl.where(logit == highest, 1.0, 0.0)
-        else:
-            share = tl.load(shares + v, mask=v < v_size, other=0.0)
-            # One Philox stream per seed; no two positions share a number. -log(1 - u), whose small values decide, by
-            # its series where the difference would cost digits.
-            u = tl.rand(seed, at * v_size + v)
-            noise = tl.where(u < 0.01, u * (1.0 + u * (0.5 + u / 3.0)), -tl.log(1.0 - u))
-            kept = (share.to(tl.int32, bitcast=True) >= floor) & (v < v_size)
-            ratio = tl.where(kept, share / tl.maximum(noise, 1.0e-10), -1.0)
-        token = tl.where(ratio > winner, v, token)
-        winner = tl.maximum(winner, ratio)
-    reached = winner == tl.max(winner, axis=0)
-    tl.store(out + row, tl.min(tl.where(reached, token, v_size), axis=0).to(tl.int64))

@@ -7,12 +7,13 @@ shapes alone, not from timing: the same seed gives the same video in every run o
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from cosmos_mcore.inference import triton_draw_kernels as draw_kernels
 from cosmos_mcore.inference import triton_kernels as kernels
 from cosmos_mcore.inference.sampling import SMALLEST_TEMPERATURE, SamplingOptions
 from cosmos_mcore.inference.weights import Matrix
@@ -20,7 +21,13 @@ from cosmos_mcore.inference.weights import Matrix
 MAX_ROWS = 16  # two of the tensor cores' smallest tiles; with more, sums would take the registers of loads
 _ATTEND_BLOCK = 64
 ATTEND_PROGRAMS = 256  # about two per SM of an H100
-_SAMPLE_BLOCK = 8192
+_ATTEND_WARPS = 4  # attend_kernel counts on 128 threads
+_SAMPLE_BLOCK = 1024
+_ROUNDS = 6  # of 32 ways: 2^30, all floats from 0 to 1
+# While kernels change, so many bytes of what the next one reads come into the L2 cache: about 4 us of an H100's memory,
+# a quarter of its L2. 0: none, and the next kernel may start up at once.
+AHEAD_BYTES = 12 * 2**20
+_RESIDENT = 396  # about as many programs at once: three per SM of an H100
 # A kernel starts up while the one before still runs (programmatic dependent launch, from Hopper on): about a
 # microsecond each for some 120 kernels per step.
 OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -39,10 +46,17 @@ class Tiles(NamedTuple):
 # 4B (4,096 channels) is one program per SM, and has 32 KiB on the way beside the 16 that it works on.
 TILES = {4: Tiles(32, 128, 4, 3), 2: Tiles(32, 256, 4, 4), 1: Tiles(32, 256, 4, 6)}
 GATED_TILES = {4: Tiles(32, 64, 4, 3), 2: Tiles(32, 128, 4, 4), 1: Tiles(32, 256, 4, 4)}  # two matrices at once
+# What timing found better (benchmarks/gpu_linear_tiles.py), by channels, inputs, bytes of a weight, gated, rows.
+BEST_TILES: dict[tuple[int, int, int, bool, int], Tiles] = {}
 
 
 def _launch() -> dict[str, bool]:
     return {"OVERLAP": True, "launch_pdl": True} if OVERLAP else {"OVERLAP": False}
+
+
+def _fetched(wanted: int, most: int, stride: int) -> int:
+    """Bytes that each thread fetches ahead: about so many, in whole lines of 128, from multiples of 16."""
+    return 0 if stride % 16 else min(triton.cdiv(wanted, 128), most // 128) * 128
 
 
 def linear(
@@ -58,10 +72,14 @@ def linear(
     """As ``torch_ops.linear``, for at most ``MAX_ROWS`` rows; sums in float32."""
     rows, inner = x.shape
     assert rows <= MAX_ROWS and x.is_contiguous() and weight.data.is_contiguous()
-    channels = len(weight.data) // (2 if gated else 1)
+    matrices = 2 if gated else 1
+    channels, size = len(weight.data) // matrices, weight.data.element_size()
     out = torch.empty(rows, channels, dtype=dtype or x.dtype, device=x.device)
-    tiles = (GATED_TILES if gated else TILES)[weight.data.element_size()]
-    kernels.linear_kernel[(triton.cdiv(channels, tiles.n),)](
+    tiles = BEST_TILES.get((channels, inner, size, gated, rows)) or (GATED_TILES if gated else TILES)[size]
+    grid = triton.cdiv(channels, tiles.n)
+    columns = 32 * tiles.warps // tiles.n  # threads per channel, as they fetch
+    ahead = min(inner, AHEAD_BYTES // (min(grid, _RESIDENT) * tiles.n * size * matrices))
+    kernels.linear_kernel[(grid,)](
         x,
         weight.data,
         weight.data if weight.scale is None else weight.scale,
@@ -72,6 +90,8 @@ def linear(
         channels,
         inner,
         eps,
+        ahead if AHEAD_BYTES else inner,
+        _fetched(ahead * size // columns, inner * size // columns, inner * size),
         NORM=norm is not None,
         GATED=gated,
         SCALED=weight.scale is not None,
@@ -107,6 +127,8 @@ def attend(
     partial = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=qkv.device)
     maxima, sums = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=qkv.device)
     block_d = max(16, triton.next_power_of_2(size))
+    position_bytes = 2 * size * keys.element_size()  # of keys and values
+    ahead = AHEAD_BYTES // (batch * groups * splits * position_bytes)
     kernels.attend_kernel[(batch * groups, splits)](
         qkv,
         keys,
@@ -122,6 +144,8 @@ def attend(
         capacity,
         math.log2(math.e) / math.sqrt(size),
         eps,
+        ahead if AHEAD_BYTES else capacity,
+        _fetched(ahead * position_bytes // 256, capacity * position_bytes // 256, size * keys.element_size()),
         QUERIES=queries,
         SIZE=size,
         BLOCK_Q=max(16, triton.next_power_of_2(queries)),
@@ -129,7 +153,7 @@ def attend(
         BLOCK_S=_ATTEND_BLOCK,
         SPLITS=splits,
         **_launch(),
-        num_warps=4,
+        num_warps=_ATTEND_WARPS,
         num_stages=3,
     )
     out = torch.empty(batch, heads * size, dtype=qkv.dtype, device=qkv.device)
@@ -139,28 +163,68 @@ def attend(
     return out
 
 
+class _Draw:
+    """The scratch memory of one call of ``sample``, and the kernels on it; a row in chunks, one program each."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.rows, self.vocabulary = logits.shape
+        self.block = min(_SAMPLE_BLOCK, triton.next_power_of_2(self.vocabulary))
+        self.chunks = triton.cdiv(self.vocabulary, self.block)
+        self.sizes: dict[str, Any] = {"BLOCK": self.block, "BLOCK_C": triton.next_power_of_2(self.chunks), **_launch()}
+        self.device = logits.device
+        self.shares = torch.empty_like(logits)
+        self.sums, self.bounds, self.weights = self.floats(), self.integers(2), self.floats()
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.empty(self.rows, self.chunks, *shape, dtype=torch.float32, device=self.device)
+
+    def integers(self, count: int) -> Tensor:
+        return torch.empty(self.rows, count, dtype=torch.int32, device=self.device)
+
+    def launch(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+        kernel[(self.chunks, self.rows)](*arguments, **options, **self.sizes, num_warps=4)
+
+    def narrow(self, limit: float, count: bool) -> None:
+        """Finds the bounds of a threshold; the last time, they are left for the next kernel to narrow."""
+        for number in range(_ROUNDS):
+            bounds, weights = self.integers(2), self.floats(draw_kernels.WAYS.value)
+            before = self.shares, self.sums, self.bounds, self.weights
+            sizes = bounds, weights, self.vocabulary, self.chunks, limit
+            self.launch(draw_kernels.narrow_kernel, *before, *sizes, COUNT=count, NARROW=number > 0)
+            self.bounds, self.weights = bounds, weights
+
+
 def sample(logits: Tensor, options: SamplingOptions, seeds: Tensor, position: Tensor) -> Tensor:
-    """As ``torch_ops.sample``, from one kernel; its random numbers are others than on a CPU."""
+    """As ``torch_ops.sample``; its random numbers are others than on a CPU.
+
+    Each step of the search for a threshold is a kernel of its own, of many programs: one program for a row would take
+    as long as reading 0.4 GB.
+    """
     rows, vocabulary = logits.shape
     assert logits.dtype == torch.float32 and logits.is_contiguous()
-    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     greedy = options.temperature == 0
-    top_k = options.top_k if options.top_k is not None and options.top_k < vocabulary else None
-    kernels.sample_kernel[(rows,)](
-        logits,
-        torch.empty_like(logits),
-        token,
-        seeds,
-        position,
-        vocabulary,
-        1.0 / max(options.temperature, SMALLEST_TEMPERATURE),
-        0.0 if options.top_p is None else options.top_p,
-        float(top_k or 0),
-        GREEDY=greedy,
-        TOP_P=options.top_p is not None,
-        TOP_K=top_k is not None,
-        BLOCK=min(_SAMPLE_BLOCK, triton.next_power_of_2(vocabulary)),
-        **_launch(),
-        num_warps=32,
+    draw = _Draw(logits)
+    largest = draw.floats()
+    draw_kernels.largest_kernel[(draw.chunks, rows)](
+        logits, largest, vocabulary, draw.chunks, BLOCK=draw.block, **_launch(), num_warps=4
+    )
+    start = logits, largest, draw.shares, draw.sums, draw.bounds, vocabulary, draw.chunks
+    draw.launch(draw_kernels.shares_kernel, *start, 1.0 / max(options.temperature, SMALLEST_TEMPERATURE), GREEDY=greedy)
+    if not greedy and options.top_k is not None and options.top_k < vocabulary:
+        draw.narrow(options.top_k - 0.5, True)
+        before = draw.shares, draw.sums, draw.bounds, draw.weights
+        draw.sums, draw.bounds = draw.floats(), draw.integers(2)
+        sizes = draw.sums, draw.bounds, vocabulary, draw.chunks, options.top_k - 0.5
+        draw.launch(draw_kernels.cut_kernel, *before, *sizes)
+    top_p = None if greedy else options.top_p
+    if top_p is not None:
+        draw.narrow(top_p, False)
+    winners, tokens = draw.floats(), draw.integers(draw.chunks)
+    before = draw.shares, draw.sums, draw.bounds, draw.weights
+    rest = winners, tokens, seeds, position, vocabulary, draw.chunks, top_p or 0.0
+    draw.launch(draw_kernels.draw_kernel, *before, *rest, GREEDY=greedy, NARROW=top_p is not None)
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    draw_kernels.pick_kernel[(rows,)](
+        winners, tokens, token, draw.chunks, BLOCK_C=draw.sizes["BLOCK_C"], **_launch(), num_warps=4
     )
     return token

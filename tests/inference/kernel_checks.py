@@ -4,11 +4,9 @@ Each function yields names and differences, which must be nearly 0. Import it on
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from cosmos_mcore.config.derived import VideoLayout
-from cosmos_mcore.inference import torch_ops, triton_kernels, triton_ops
+from cosmos_mcore.inference import torch_ops, triton_ops
 from cosmos_mcore.inference.generate import TokenGenerator
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.sampling import SamplingOptions, kept_probabilities
@@ -78,23 +76,21 @@ def attentions(device, dtype=torch.float32, sizes=((2, 2, 4, 32, 200), (1, 1, 1,
                 yield f"{what} {name}", difference(ours[:, :, : at + 1], cache[:, :, : at + 1])
 
 
-@triton.jit
-def threshold_kernel(shares, out, limit, v_size, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    floor = tl.full((), 0, tl.int32)
-    bits = triton_kernels._threshold(shares + row * v_size, tl.load(limit + row), floor, v_size, False, BLOCK)
-    tl.store(out + row, bits)
-
-
 def kept_sets(device):
-    """The tokens that the bisection of top-p keeps are those of the original."""
+    """The tokens that the search for top-p's threshold keeps are those of the original."""
     golden = torch.load(GOLDEN / "sampling.pt", weights_only=True)
-    logits = golden["logits"].float().to(device)
+    logits = golden["logits"].float().to(device).contiguous()
     for case in golden["cases"][::3]:
-        shares = ((logits - logits.amax(1, keepdim=True)) / case["temperature"]).exp().contiguous()
-        bits = torch.zeros(len(logits), dtype=torch.int32, device=device)
-        threshold_kernel[(len(logits),)](shares, bits, shares.sum(1) * case["top_p"], logits.size(1), BLOCK=1024)
-        wrong = (shares.view(torch.int32) >= bits[:, None]) != case["kept"].to(device)
+        draw = triton_ops._Draw(logits)
+        draw.shares = ((logits - logits.amax(1, keepdim=True)) / case["temperature"]).exp()
+        padded = torch.nn.functional.pad(draw.shares, (0, draw.chunks * draw.block - draw.vocabulary))
+        draw.sums = padded.unflatten(1, (draw.chunks, draw.block)).sum(2)
+        draw.bounds[:] = torch.tensor([-1, 0x3F800000], device=device)
+        draw.narrow(case["top_p"], False)
+        low, high = draw.bounds.unbind(1)
+        assert torch.all(high - low <= 32), "the last numbers lie next to each other"
+        over = (draw.weights.sum(1) > case["top_p"] * draw.sums.sum(1, keepdim=True)).sum(1)
+        wrong = (draw.shares.view(torch.int32) > (low + over)[:, None]) != case["kept"].to(device)
         yield f"kept set T={case['temperature']} p={case['top_p']}", wrong.sum()
 
 
