@@ -32,10 +32,12 @@ from cosmos_mcore.tokenizer.cuda_graph import no_capture
 
 logger = logging.getLogger(__name__)
 
-_PIPELINES = 8
-_BATCH = 2  # clips per run of a pipeline
+_PIPELINES = 4
+_BATCH = 4  # clips per run of a pipeline
 _NVDEC_CODECS = {"h264", "hevc", "av1", "vp9", "vp8"}
 _CPU_CODECS = {"vp9", "vp8", "mjpeg"}
+_NOT_BY_THIS_GPU = "is not supported by NVDEC"  # DALI's words for a codec that the GPU's engines do not know
+_REASON = 300  # characters of DALI's errors in the log
 _NVDEC_SMALLEST = 144  # pixels; below it, some codecs' engines refuse
 _BT601, _BT709 = (0.299, 0.114), (0.2126, 0.0722)  # weights of red and blue in luma
 
@@ -119,11 +121,13 @@ class DaliDecoder(ClipDecoder):
                     ) from None
             except _DecodeError as error:
                 reason = error
+                if alone and _NOT_BY_THIS_GPU in str(error):  # so no other file of this codec will be
+                    self._codecs = self._codecs - {form.codec}
         # PyAV either can, or knows the reason better.
         if not self._warned:
             self._warned = True
-            first_line = str(reason).strip().splitlines()[-1] if str(reason).strip() else "no reason given"
-            logger.warning("DALI cannot decode %s, PyAV is asked (said once): %s", clip.path, first_line)
+            words = " ".join(str(reason).split())[:_REASON] or "no reason given"
+            logger.warning("DALI cannot decode %s, PyAV is asked (said once): %s", clip.path, words)
         return self._on_cpu(clip)
 
     def close(self) -> None:

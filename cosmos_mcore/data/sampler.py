@@ -102,8 +102,8 @@ def _quotas(weights: Sequence[float]) -> list[int]:
     shares = [_BLOCK * weight / sum(weights) for weight in weights]
     quotas = [max(1, math.floor(share)) for share in shares]
     by_rest = sorted(range(len(shares)), key=lambda i: quotas[i] - shares[i])
-    for i in itertools.islice(itertools.cycle(by_rest), _BLOCK - sum(quotas)):
+    for i in itertools.islice(itertools.cycle(by_rest), max(0, _BLOCK - sum(quotas))):
         quotas[i] += 1
-    while sum(quotas) > _BLOCK:  # sources with less than one position in a block
+    while sum(quotas) > _BLOCK:  # since some have one although their share is less
         quotas[quotas.index(max(quotas))] -= 1
     return quotas

@@ -130,6 +130,21 @@ def test_a_damaged_clip_spoils_no_other(vp9, decoder, tmp_path, monkeypatch):
         assert difference(frames[2 * i], frames[2 * i + 1]) < 2
 
 
+def test_a_codec_that_the_gpu_does_not_know_is_tried_once(vp9, decoder, monkeypatch, caplog):
+    runs = []
+
+    def refuse(self, batch):
+        runs.append(len(batch))
+        raise RuntimeError("Codec vp9 is not supported by NVDEC on this platform.\nThe pipeline is no longer valid.")
+
+    monkeypatch.setattr(dali._Worker, "_decode", refuse)
+    one = decoder()
+    for first in range(3):
+        one.decode(Clip(str(vp9), first, 1, 9))
+    assert runs == [1, 1] and one.on_cpu == 3
+    assert "Codec vp9 is not supported" in caplog.text
+
+
 def test_errors(decoder, tmp_path):
     with pytest.raises(UnreadableVideoError, match="No such file"):
         decoder().decode(Clip(str(tmp_path / "gone.mp4"), 0, 1, 9))

@@ -3,7 +3,7 @@
 from itertools import islice
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cosmos_mcore.data.sampler import ClipSampler, WeightedSampler
@@ -68,6 +68,7 @@ def test_replacements_differ_from_position_to_position():
     seed=st.integers(0, 5),
     start=st.integers(0, 25_000),
 )
+@example(sizes=[1, 1, 1, 1], weights=[1.0, 36.0, 0.001, 0.001], seed=0, start=0)
 def test_weighted_sources(sizes, weights, seed, start):
     weights = weights[: len(sizes)]
     sampler = WeightedSampler(sizes, weights, seed)

@@ -54,7 +54,8 @@ def test_exact_frames_of_every_kind(tmp_path: Path, decoder, kind: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(decoder.decode, clips))
     by_pyav = decoder.on_cpu - before
-    assert by_pyav == {"rotated": 4, "mpeg4": 4, "open gop": 2}.get(kind, 0)
+    # Whether the GPU's engines know AV1 depends on the GPU; DALI says that an H100's do not.
+    assert by_pyav == {"rotated": 4, "mpeg4": 4, "open gop": 2}.get(kind, 0) or (kind, by_pyav) == ("av1", 4)
     for clip, frames in zip(clips, found, strict=True):
         if kind != "rotated":
             assert [read_stamp(frame.permute(1, 2, 0).cpu().numpy()) for frame in frames] == list(clip.frame_numbers)

@@ -46,8 +46,7 @@ def test_golden_chunks_and_jit_names(shared_dir, tmp_path, monkeypatch):
     golden = torch.load(shared_dir / "golden" / "video_tokenizer.pt", weights_only=True)
     files = {"encoder.jit": golden["encoder_jit_state_dict"], "decoder.jit": golden["decoder_jit_state_dict"]}
     monkeypatch.setattr("cosmos_mcore.tokenizer.dv8x16x16.read_jit_weights", lambda path: files[path.name])
-    size = NetworkSize(16, 6, golden["config"]["channels"])
-    tokenizer = ReleasedTokenizer(tmp_path, golden["two_chunks"]["chunk_frames"], torch.device("cpu"), size)
+    tokenizer = ReleasedTokenizer(tmp_path, golden["two_chunks"]["chunk_frames"], torch.device("cpu"))
     video = golden["cases"][0]["input"]
     assert torch.equal(tokenizer.encode(torch.cat([video, video.flip(2)], 2)), golden["two_chunks"]["indices"])
     decoded = tokenizer.decode(golden["cases"][0]["indices"])
