@@ -56,7 +56,7 @@ check: $(DEV) ## style, types, import rules, length of modules
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-logo
-	$(VENV)/bin/shellcheck scripts/slurm/* scripts/container/* benchmarks/*.sh .ci/run
+	$(VENV)/bin/shellcheck -x scripts/slurm/* scripts/container/* benchmarks/*.sh .ci/run
 	@if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint Dockerfile; fi  # it has a package for x86-64 Linux only
 	@find $(CODE) -name '*.py' -exec awk \
 	  'FNR == $(MAX_LINES) + 1 {print FILENAME ": longer than $(MAX_LINES) lines; split it"; long = 1} END {exit long}' {} +

@@ -1,23 +1,8 @@
 #!/bin/bash
 # The diffusion decoder and prompts on GPUs of 80 GB (about 6 minutes on one): bash benchmarks/gpu_diffusion.sh [OUTPUT]
 # A part that fails is named, and the others go on.
-cd "$(dirname "$0")/.." || exit 1
-export PYTHONPATH="$PWD"
-output="${1:-outputs/gpu_diffusion}"
-mkdir -p "$output"
-gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-
-part() { # name, command
-  local name="$1"
-  shift
-  echo "== $name: $*"
-  if "$@" >"$output/$name.out" 2>"$output/$name.err"; then
-    tail -n 24 "$output/$name.out"
-  else
-    echo "FAILED with code $?"
-    tail -n 30 "$output/$name.out" "$output/$name.err"
-  fi
-}
+# shellcheck source=benchmarks/parts.sh
+. "$(dirname "$0")/parts.sh"
 
 part tests python -m pytest -q -s tests/gpu/test_diffusion.py
 part text python -m pytest -q tests/gpu/test_generation.py -k text

@@ -1,23 +1,8 @@
 #!/bin/bash
 # All figures of docs/generation.md on one GPU (about 20 minutes), one JSON line each: bash benchmarks/gpu_generate.sh [OUTPUT]
 # With two GPUs and more also tensor parallelism. A part that fails is named, and the others go on.
-cd "$(dirname "$0")/.." || exit 1
-export PYTHONPATH="$PWD"
-output="${1:-outputs/gpu_generate}"
-mkdir -p "$output"
-gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-
-part() { # name, command
-  local name="$1"
-  shift
-  echo "== $name: $*"
-  if "$@" >"$output/$name.out" 2>"$output/$name.err"; then
-    tail -n 12 "$output/$name.out"
-  else
-    echo "FAILED with code $?"
-    tail -n 20 "$output/$name.out" "$output/$name.err"
-  fi
-}
+# shellcheck source=benchmarks/parts.sh
+. "$(dirname "$0")/parts.sh"
 
 part tests python -m pytest -q tests/gpu/test_generation.py
 part 4b python benchmarks/gpu_generate.py --kernels --cases 1 1:fp8 8 8:fp8

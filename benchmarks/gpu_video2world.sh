@@ -1,23 +1,8 @@
 #!/bin/bash
 # Training with prompts on GPUs of 80 GB (about 15 minutes on one): bash benchmarks/gpu_video2world.sh [OUTPUT]
 # With two GPUs also layouts and tensor parallelism. A part that fails is named, and the others go on.
-cd "$(dirname "$0")/.." || exit 1
-export PYTHONPATH="$PWD"
-output="${1:-outputs/gpu_video2world}"
-mkdir -p "$output"
-gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-
-part() { # name, command
-  local name="$1"
-  shift
-  echo "== $name: $*"
-  if "$@" >"$output/$name.out" 2>"$output/$name.err"; then
-    tail -n 12 "$output/$name.out"
-  else
-    echo "FAILED with code $?"
-    tail -n 20 "$output/$name.out" "$output/$name.err"
-  fi
-}
+# shellcheck source=benchmarks/parts.sh
+. "$(dirname "$0")/parts.sh"
 
 one="conf/video2world_5b.yaml parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false precision.moments=bf16"
 part tests python -m pytest -q tests/gpu/test_video2world.py "tests/gpu/test_fp8.py::test_a_step_never_waits_for_the_device"
