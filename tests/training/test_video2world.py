@@ -117,6 +117,7 @@ def test_the_run_goes_on_with_a_video_and_a_prompt(whole, config, tmp_path):
         assert made.num_frames == 17
 
 
+@pytest.mark.layouts
 def test_other_layouts_and_a_resume_give_the_same_curve(config, curve, tmp_path):
     lines = [json.loads(line) for line in (config.parent / "videos" / "prompts.jsonl").read_text().splitlines()]
     for line, other in zip(lines, [line["prompt"] for line in lines[1:] + lines[:1]], strict=True):
