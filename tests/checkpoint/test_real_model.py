@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from cosmos_mcore.checkpoint.convert import convert
@@ -13,6 +14,7 @@ from tests.checkpoint.training_files import write_original
 from tests.processes import run_ranks
 
 
+@pytest.mark.layouts
 def test_tp2_pp2(tmp_path):
     arch = reduced("13b-video2world")
     weights = random_weights(arch)

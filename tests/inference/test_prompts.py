@@ -103,6 +103,7 @@ def test_a_batch_with_prompts(one_process):
     assert "decoded 51 frames" in done.stdout, "three videos at once"
 
 
+@pytest.mark.layouts
 def test_two_processes_agree_and_need_no_text_encoder_for_known_prompts(folder, one_process, tmp_path):
     _, alone = one_process
     hidden = (folder / "downloads" / "google-t5").rename(folder / "hidden")

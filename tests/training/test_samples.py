@@ -38,10 +38,14 @@ def folder(tmp_path_factory, small_yaml, clips):
     doomed = f"unreadable:{ALONE},data.validation_path={folder / 'doomed.mp4'}"
     worker = "tests.training.samples_worker"
     run_ranks(worker, 1, folder, small_yaml, validated, doomed, f"unwritable:{ALONE}")
-    run_ranks(
-        worker, 2, folder, small_yaml, f"tp2:{SHORT}", f"dp2:{SHARED}", f"cp2:{ALONE},parallel.context_parallel_size=2"
-    )
+    run_ranks(worker, 2, folder, small_yaml, f"tp2:{SHORT}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def other_layouts(folder, small_yaml):
+    jobs = f"dp2:{SHARED}", f"cp2:{ALONE},parallel.context_parallel_size=2"
+    run_ranks("tests.training.samples_worker", 2, folder, small_yaml, *jobs)
 
 
 def run_of(folder, job, switch="on"):
@@ -53,7 +57,14 @@ def curve(run):
     return [(record["lm loss"], record["z loss"], record["grad norm"]) for record in records]
 
 
-@pytest.mark.parametrize("job", ["one", "tp2", "dp2", "cp2", "unwritable", "unreadable"])
+@pytest.mark.layouts
+@pytest.mark.parametrize("job", ["dp2", "cp2"])
+def test_other_layouts(folder, other_layouts, job):
+    test_training_does_not_notice(folder, job)
+    test_a_video_a_strip_and_a_picture_in_tensorboard(folder, job)
+
+
+@pytest.mark.parametrize("job", ["one", "tp2", "unwritable", "unreadable"])
 def test_training_does_not_notice(folder, job):
     with_samples = curve(run_of(folder, job, "on"))
     without = curve(run_of(folder, "one" if job.startswith("un") else job, "off"))
@@ -61,7 +72,7 @@ def test_training_does_not_notice(folder, job):
     assert with_samples == without
 
 
-@pytest.mark.parametrize("job", ["one", "tp2", "dp2", "cp2"])
+@pytest.mark.parametrize("job", ["one", "tp2"])
 def test_a_video_a_strip_and_a_picture_in_tensorboard(folder, job):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
