@@ -1,6 +1,6 @@
 """How fast, and in how little memory, are checkpoints converted, compared with ``cp`` and reading the same bytes?
 
-    python benchmarks/convert.py [--preset 4b] [--folder /tmp/convert] [--keep]
+    python benchmarks/convert.py [--preset 4b] [--folder /tmp/convert] [--rounds 3] [--keep]
 
 Writes a model of random bf16 with the real shapes (8 GB for 4b; three times that on disk for a while), then runs each
 conversion in a process of its own. A conversion also checks every checksum, computes new ones and waits for the disk.
@@ -76,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="4b", choices=list(PRESETS))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/cosmos_convert_benchmark"))
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
     parser.add_argument("--keep", action="store_true", help="leave the model there, for the next time")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
@@ -86,48 +87,44 @@ def main() -> None:
     size = model.stat().st_size
     copy, shards, merged, hub = (folder / name for name in ("copy.pt", "model.pt", "merged.pt", "hub"))
 
-    copies, syncs, reads = [], [], []
-    for _ in range(2):  # the faster of two, so that a slow moment of the disk does not flatter us
-        evict(model)
-        copies.append(measure(["cp", str(model), str(copy)])[0])
-        syncs.append(measure(["sync", str(copy)])[0])
-        copy.unlink()
-        evict(model)
-        reads.append(read(model))
-    copy_seconds, sync_seconds, read_seconds = min(copies), min(syncs), min(reads)
-    base = copy_seconds + read_seconds
-    machine = f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}"
-    print(f"{arguments.preset}: {size / 1e9:.2f} GB; {machine}")
-    print(
-        f"cp {copy_seconds:.1f} s + reading {read_seconds:.1f} s = {base:.1f} s (fsync of the copy {sync_seconds:.1f})"
-    )
-
-    python = [sys.executable, "scripts/"]
-    commands = {
+    scripts = {
         "shard, TP=4": (["shard_autoregressive_base_checkpoints.py", "-c", model, "-t", 4], "model_model_mp_*.pt"),
         "merge": (["merge_autoregressive_tp_checkpoints.py", "-c", shards, "-o", merged, "-t", 4], merged.name),
         "safetensors": (["convert_checkpoint.py", "--input", model, "--output", hub, "--to", "safetensors"], hub.name),
     }
-    results = {"bytes": size, "cp_seconds": copy_seconds, "read_seconds": read_seconds, "sync_seconds": sync_seconds}
-    print(f"{'':14} {'seconds':>8} {'of cp + read':>13} {'peak GiB':>9}")
-    for name, ((script, *rest), output) in commands.items():
-        times, peaks = [], []
-        for _ in range(2):  # the faster of two here as well
+    rounds: list[dict[str, float]] = []
+    peaks = dict.fromkeys(scripts, 0.0)
+    for _ in range(arguments.rounds):  # all in turn, so that a slow minute of the disk falls on all alike
+        evict(model)
+        times = {"cp": measure(["cp", str(model), str(copy)])[0]}
+        times["fsync of the copy"] = measure(["sync", str(copy)])[0]
+        copy.unlink()
+        evict(model)
+        times["reading"] = read(model)
+        for name, ((script, *rest), output) in scripts.items():
             for old in folder.glob(output):
                 remove(old)
             evict(*folder.glob("*.pt"))
-            seconds, peak = measure([python[0], python[1] + script, *map(str, rest)])
-            times.append(seconds)
-            peaks.append(peak)
-        print(f"{name:14} {min(times):8.1f} {min(times) / base:12.2f}x {max(peaks):9.2f}", flush=True)
-        results[name] = {"seconds": times, "ratio": min(times) / base, "peak_gib": max(peaks)}
-        if name == "merge":
-            files = sorted(folder.glob("model_model_mp_*.pt"))
-            print(f"{'':14} a shard holds {max(path.stat().st_size for path in files) / size:.3f} of the model")
-            for path in (merged, *files):
-                path.unlink()
-    remove(hub)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            times[name], peak = measure([sys.executable, f"scripts/{script}", *map(str, rest)])
+            peaks[name] = max(peaks[name], peak)
+            if name == "merge":
+                files = sorted(folder.glob("model_model_mp_*.pt"))
+                share = max(path.stat().st_size for path in files) / size
+                for path in (merged, *files):
+                    path.unlink()
+        remove(hub)
+        rounds.append(times)
+        print("  ".join(f"{name} {seconds:.1f}" for name, seconds in times.items()), flush=True)
+
+    best = {name: min(times[name] for times in rounds) for name in rounds[0]}
+    base = best["cp"] + best["reading"]
+    print(f"{arguments.preset}: {size / 1e9:.2f} GB; {os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}")
+    print(f"the fastest of {len(rounds)} rounds: cp {best['cp']:.1f} s + reading {best['reading']:.1f} s = {base:.1f} s")
+    print(f"{'':14} {'seconds':>8} {'of cp + read':>13} {'peak GiB':>9}")
+    for name in scripts:
+        print(f"{name:14} {best[name]:8.1f} {best[name] / base:12.2f}x {peaks[name]:9.2f}")
+    print(f"a shard of TP=4 holds {share:.3f} of the model")
+    (folder / "results.json").write_text(json.dumps({"bytes": size, "rounds": rounds, "peak_gib": peaks}, indent=2) + "\n")
     if not arguments.keep:
         shutil.rmtree(folder)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosmos_mcore.checkpoint.distributed_writer import write_distributed
 from cosmos_mcore.checkpoint.hub_files import write_safetensors
 from cosmos_mcore.checkpoint.original import write_original
 from cosmos_mcore.checkpoint.recognize import open_checkpoint
@@ -53,6 +52,9 @@ def convert(
         raise ValueError(f"--to {to} has no pipeline stages; leave --pipeline_parallel_size away")
     checkpoint = open_checkpoint(source, model_size)
     if to == "distributed":
+        # Only here: torch.distributed.checkpoint takes half a second to import, and the other layouts do not need it.
+        from cosmos_mcore.checkpoint.distributed_writer import write_distributed
+
         return write_distributed(checkpoint, output, tensor_parallel_size, pipeline_parallel_size, force)
     if to == "training":
         return write_training(checkpoint, output, tensor_parallel_size, force)

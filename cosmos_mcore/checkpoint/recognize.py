@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosmos_mcore.checkpoint.distributed_reader import METADATA, DistributedCheckpoint
 from cosmos_mcore.checkpoint.hub_files import INDEX, open_safetensors
 from cosmos_mcore.checkpoint.original import existing_shards, open_original, open_shards, shard_base
 from cosmos_mcore.checkpoint.reader import Checkpoint
@@ -57,6 +56,9 @@ def _is_trainer(path: Path) -> bool:
 
 
 def _open_folder(path: Path, model_size: str) -> Checkpoint:
+    # Only here: torch.distributed.checkpoint takes half a second to import, and files do not need it.
+    from cosmos_mcore.checkpoint.distributed_reader import METADATA, DistributedCheckpoint
+
     if (path / METADATA).is_file() or (path / "metadata.json").is_file():
         return DistributedCheckpoint(path, model_size)
     if (path / _NEMO_WEIGHTS / METADATA).is_file():

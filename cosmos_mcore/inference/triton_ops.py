@@ -46,7 +46,7 @@ class Tiles(NamedTuple):
 # 4B (4,096 channels) is one program per SM, and has 32 KiB on the way beside the 16 that it works on.
 TILES = {4: Tiles(32, 128, 4, 3), 2: Tiles(32, 256, 4, 4), 1: Tiles(32, 256, 4, 6)}
 GATED_TILES = {4: Tiles(32, 64, 4, 3), 2: Tiles(32, 128, 4, 4), 1: Tiles(32, 256, 4, 4)}  # two matrices at once
-# What timing found better (benchmarks/gpu_linear_tiles.py), by channels, inputs, bytes of a weight, gated, rows.
+# What timing found better (benchmarks/linear_tiles.py), by channels, inputs, bytes of a weight, gated, rows.
 BEST_TILES: dict[tuple[int, int, int, bool, int], Tiles] = {}
 
 

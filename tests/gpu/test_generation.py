@@ -158,7 +158,7 @@ def test_fp8_weights_halve_the_memory(network, prompt):
 def test_two_gpus_generate_what_one_does():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    script = str(Path(__file__).parents[2] / "benchmarks" / "gpu_generate.py")
+    script = str(Path(__file__).parents[2] / "benchmarks" / "generate.py")
     arguments = [script, "--preset", "1b", "--prompt", "5120", "--new", "300"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

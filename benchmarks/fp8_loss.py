@@ -1,7 +1,7 @@
 """Does FP8 learn as bf16 does? The loss of each recipe over the same real clips from the same weights.
 
-    python benchmarks/gpu_fp8_loss.py --videos folder --output fp8_loss.json [--plot docs/images/fp8_loss.png]
-    python benchmarks/gpu_fp8_loss.py --output fp8_loss.json --plot docs/images/fp8_loss.png   # only draws
+    python benchmarks/fp8_loss.py --videos folder --output fp8_loss.json [--plot docs/images/fp8_loss.png]
+    python benchmarks/fp8_loss.py --output fp8_loss.json --plot docs/images/fp8_loss.png   # only draws
 
 The weights are those of a bf16 run of ``--start_steps`` steps from random ones: the first steps from random weights go
 down so steeply that a shift of one step is several percent. Clips are tokenized once, before the first run. The curves

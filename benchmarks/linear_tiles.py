@@ -1,10 +1,10 @@
 """Which tiles read weights fastest? Bandwidth of the decode step's matrix products, beside torch's (cuBLAS).
 
-    python benchmarks/gpu_linear_tiles.py OUTPUT.json [--preset 4b] [--cases 1 1:fp8 8] [--tensor-parallel 1]
+    python benchmarks/linear_tiles.py OUTPUT.json [--preset 4b] [--cases 1 1:fp8 8] [--tensor-parallel 1]
 
 One JSON line per product and case: GB/s with the tiles in use, with cuBLAS (bf16), and with each of those tried, the
 best first. Each product is timed over copies of its weight that do not fit into the L2 cache together, replayed as one
-CUDA graph. Tiles that are better than those in use by 2 % go to OUTPUT.json, for ``gpu_generate.py --tiles``; if
+CUDA graph. Tiles that are better than those in use by 2 % go to OUTPUT.json, for ``generate.py --tiles``; if
 that is faster, they belong into ``BEST_TILES`` of ``inference/triton_ops.py``.
 """
 

@@ -1,7 +1,7 @@
 """How fast is the diffusion decoder? Random weights of the released size, 33 frames at 640x1024, bfloat16.
 
-    python benchmarks/gpu_diffusion.py [--fp8] [--offload | --kernels]
-    torchrun --nproc-per-node 2 benchmarks/gpu_diffusion.py      # the processes share the latent frames
+    python benchmarks/diffusion.py [--fp8] [--offload | --kernels]
+    torchrun --nproc-per-node 2 benchmarks/diffusion.py      # the processes share the latent frames
 
 One JSON line: seconds per network call (both guidance branches in one) and its share of the time that an H100 or H200
 would take for its matrices and attention at 989 TFLOP/s, or for matrices in FP8 at twice that (1.0: the floor is

@@ -1,6 +1,6 @@
 """Which kernels suit the diffusion decoder's largest parts? bfloat16, 33 frames at 640x1024, about 20 seconds on a GPU.
 
-    python benchmarks/gpu_attention.py
+    python benchmarks/attention.py
 
 One line per way: milliseconds, TFLOP/s or GB/s, and how far its result is from the first way's. Ways take turns, so
 that all run at the clock that a warm GPU keeps. Those of packages that are not installed say so.

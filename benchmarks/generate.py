@@ -1,11 +1,11 @@
 """How fast does the KV cache generate on this GPU? One JSON line per case.
 
-    python benchmarks/gpu_generate.py [--preset 4b] [--cases 1 1:fp8 8] [--prompt 5120 --new 7680] [--kernels]
-    torchrun --nproc-per-node 2 benchmarks/gpu_generate.py
+    python benchmarks/generate.py [--preset 4b] [--cases 1 1:fp8 8] [--prompt 5120 --new 7680] [--kernels]
+    torchrun --nproc-per-node 2 benchmarks/generate.py
 
 Weights are random. ``share_of_bandwidth`` is what a token must read (weights of layers and head, and the filled cache)
 over the peak of the GPU's memory. ``--kernels`` adds the time of each kernel in one step in the middle of the clip.
-Where ``--ahead-mib`` has several values, or ``--tiles`` (what gpu_linear_tiles.py found) may replace the tiles of
+Where ``--ahead-mib`` has several values, or ``--tiles`` (what linear_tiles.py found) may replace the tiles of
 triton_ops.py, each case first takes 200 steps with each, and then the whole clip with the fastest.
 """
 
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--no-overlap", action="store_true", help="without programmatic dependent launch")
     ahead = triton_ops.AHEAD_BYTES / 2**20
     parser.add_argument("--ahead-mib", type=float, nargs="+", default=[ahead], help="for triton_ops.AHEAD_BYTES")
-    parser.add_argument("--tiles", type=Path, help="a file that gpu_linear_tiles.py wrote")
+    parser.add_argument("--tiles", type=Path, help="a file that linear_tiles.py wrote")
     args = parser.parse_args()
     if args.no_overlap:
         triton_ops.OVERLAP = False

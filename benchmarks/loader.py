@@ -1,6 +1,6 @@
 """Does the loader keep a GPU fed? Decoding, tokenizing, and whole training steps, cold and from the token cache.
 
-    python benchmarks/gpu_loader.py VIDEOS... [--tokenizer FOLDER] [--parts decode encode loader train]
+    python benchmarks/loader.py VIDEOS... [--tokenizer FOLDER] [--parts decode encode loader train]
 
 ``decode``  clips/s of decoding and transforming 33 frames to 384x640, with the use of the video engines (NVDEC), and
             the mean difference to PyAV's pixels.

@@ -1,6 +1,6 @@
 """How fast is the text encoder? Random weights of T5-11B's size, written to a folder and loaded as released ones are.
 
-    python benchmarks/gpu_text_encoder.py [--folder /tmp/t5] [--words 60]
+    python benchmarks/text_encoder.py [--folder /tmp/t5] [--words 60]
 
 Needs 10 GB of disk. One JSON line: seconds of the fingerprint and of loading; prompts per second in the batches of
 ``scripts/embed_prompts.py``; peak memory of the GPU and of the process; the relative difference of bf16 from float32
