@@ -33,45 +33,40 @@ CACHE_BYTES = 2**28  # several times the L2 cache of an H100
 # By the bytes of a weight, then gated ones.
 CANDIDATES = {
     (2, False): [
+        Tiles(16, 128, 2, 6),
+        Tiles(16, 256, 2, 4),
+        Tiles(16, 256, 4, 4),
         Tiles(16, 256, 4, 6),
         Tiles(16, 512, 4, 4),
-        Tiles(16, 512, 8, 4),
-        Tiles(32, 128, 4, 6),
-        Tiles(32, 256, 4, 3),
-        Tiles(32, 256, 8, 4),
+        Tiles(32, 128, 2, 4),
         Tiles(32, 512, 8, 3),
-        Tiles(64, 128, 4, 4),
-        Tiles(64, 256, 8, 3),
     ],
     (2, True): [
-        Tiles(16, 256, 4, 3),
+        Tiles(16, 64, 2, 6),
+        Tiles(16, 128, 1, 4),
+        Tiles(16, 128, 2, 3),
+        Tiles(16, 128, 2, 4),
+        Tiles(16, 128, 2, 5),
+        Tiles(16, 256, 2, 3),
         Tiles(16, 256, 4, 4),
-        Tiles(16, 256, 8, 4),
-        Tiles(16, 512, 8, 3),
-        Tiles(32, 128, 4, 3),
-        Tiles(32, 128, 8, 4),
-        Tiles(32, 256, 8, 3),
-        Tiles(64, 128, 8, 3),
     ],
     (1, False): [
+        Tiles(16, 256, 2, 4),
+        Tiles(16, 256, 2, 6),
+        Tiles(16, 512, 2, 4),
         Tiles(16, 512, 4, 4),
         Tiles(16, 512, 4, 6),
-        Tiles(16, 512, 8, 6),
-        Tiles(16, 1024, 8, 4),
+        Tiles(32, 256, 2, 4),
         Tiles(32, 256, 4, 4),
-        Tiles(32, 256, 8, 6),
-        Tiles(32, 512, 8, 4),
-        Tiles(64, 256, 8, 4),
     ],
     (1, True): [
-        Tiles(16, 256, 4, 4),
+        Tiles(16, 128, 2, 4),
+        Tiles(16, 256, 1, 3),
+        Tiles(16, 256, 2, 2),
+        Tiles(16, 256, 2, 3),
+        Tiles(16, 256, 2, 4),
+        Tiles(16, 512, 2, 2),
         Tiles(16, 512, 4, 3),
-        Tiles(16, 512, 8, 4),
-        Tiles(32, 128, 4, 6),
-        Tiles(32, 256, 4, 3),
-        Tiles(32, 256, 8, 4),
-        Tiles(32, 512, 8, 3),
-        Tiles(64, 128, 4, 4),
     ],
 }
 
@@ -86,9 +81,9 @@ class Product(NamedTuple):
     size: int
     gated: bool
 
-    def key(self) -> tuple[int, int, int, bool, int]:
+    def key(self) -> tuple[int, int, int, bool]:
         """Of ``BEST_TILES``."""
-        return self.rows // (2 if self.gated else 1), self.inner, self.size, self.gated, self.batch
+        return self.rows // (2 if self.gated else 1), self.inner, self.size, self.gated
 
     def tiles_in_use(self) -> Tiles:
         """What triton_ops takes."""
@@ -189,7 +184,7 @@ def main() -> None:
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         refused = dict(zip(pairs, pool.map(compile_one, *zip(*pairs, strict=True)), strict=True))
     print(json.dumps({"compiled": len(pairs), "seconds": round(time.perf_counter() - began, 1)}), flush=True)
-    better: list[tuple[tuple[int, int, int, bool, int], Tiles]] = []
+    better: list[tuple[tuple[int, int, int, bool], Tiles]] = []
     for product, several in todo:
         weight = product.weight()
         copies = 2 + CACHE_BYTES // weight.data.nbytes

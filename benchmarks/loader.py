@@ -19,11 +19,10 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -83,23 +82,20 @@ def base_config(videos: list[str], tokenizer: str, height: int = 384, width: int
 
 @contextmanager
 def nvdec_use() -> Iterator[list[float]]:
-    """Samples the use of the video engines in percent, ten times a second."""
+    """Samples the use of the video engines in percent, five times a second."""
     samples: list[float] = []
-    over = threading.Event()
-
-    def sample() -> None:
-        query = ["nvidia-smi", "--query-gpu=utilization.decoder", "--format=csv,noheader,nounits", "-i", "0"]
-        while not over.wait(0.1):
-            try:
-                samples.append(float(subprocess.run(query, capture_output=True, text=True, check=True).stdout))
-            except (OSError, ValueError, subprocess.CalledProcessError):
-                return
-
-    thread = threading.Thread(target=sample)
-    thread.start()
+    query = ["nvidia-smi", "--query-gpu=utilization.decoder", "--format=csv,noheader,nounits", "-i", "0", "-lms", "200"]
+    try:
+        # One process all the time: starting one for each sample would slow the driver down for the decoders.
+        process = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+    except OSError:
+        yield samples
+        return
     yield samples
-    over.set()
-    thread.join()
+    process.terminate()
+    for line in process.communicate()[0].splitlines():
+        with suppress(ValueError):
+            samples.append(float(line))
 
 
 def bench_decode(config: RunConfig, clips_wanted: int) -> None:
@@ -117,14 +113,14 @@ def bench_decode(config: RunConfig, clips_wanted: int) -> None:
         list(pool.map(one, numbers[:64]))  # warm up
         depth.clear()
         with nvdec_use() as samples:
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             list(pool.map(one, numbers))
-            seconds = time.perf_counter() - start
+            seconds, busy = time.perf_counter() - start, time.process_time() - busy
     use = f"{statistics.mean(samples):.0f} %, at most {max(samples):.0f} %" if samples else "unknown"
     print(
         f"decode: {decoder.name}, {len(numbers) / seconds:.1f} clips/s; NVDEC use {use}; "
-        f"queue depth {statistics.mean(depth):.1f}; by PyAV {getattr(decoder, 'on_cpu', 0)}, "
-        f"given up {getattr(decoder, 'abandoned', 0)}",
+        f"queue depth {statistics.mean(depth):.1f}; {busy / seconds:.1f} CPUs busy; "
+        f"by PyAV {getattr(decoder, 'on_cpu', 0)}, given up {getattr(decoder, 'abandoned', 0)}",
         flush=True,
     )
     pyav = PyAVDecoder(config.data)

@@ -202,7 +202,7 @@ def attend_kernel(
     split = tl.program_id(1)
     at = tl.load(position).to(tl.int32)
     base = group.to(tl.int64) * capacity * SIZE
-    share = tl.cdiv(tl.cdiv(at, SPLITS), BLOCK_S) * BLOCK_S
+    share = tl.cdiv(tl.cdiv(at, SPLITS), 8) * 8  # not whole blocks: parts would differ by up to a half
     first = split * share
     last = tl.minimum(first + share, at)
     h = tl.arange(0, BLOCK_Q)

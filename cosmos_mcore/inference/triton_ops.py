@@ -7,6 +7,7 @@ shapes alone, not from timing: the same seed gives the same video in every run o
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,15 +20,15 @@ from cosmos_mcore.inference.sampling import SMALLEST_TEMPERATURE, SamplingOption
 from cosmos_mcore.inference.weights import Matrix
 
 MAX_ROWS = 16  # two of the tensor cores' smallest tiles; with more, sums would take the registers of loads
-_ATTEND_BLOCK = 64
-ATTEND_PROGRAMS = 256  # about two per SM of an H100
+ATTEND_PROGRAMS = 128  # one per SM of an H100, with as many keys and values on the way as its shared memory holds
 _ATTEND_WARPS = 4  # attend_kernel counts on 128 threads
+_ATTEND_STAGES = 3
 _SAMPLE_BLOCK = 1024
 _ROUNDS = 6  # of 32 ways: 2^30, all floats from 0 to 1
 # While kernels change, so many bytes of what the next one reads come into the L2 cache: about 4 us of an H100's memory,
 # a quarter of its L2. 0: none, and the next kernel may start up at once.
 AHEAD_BYTES = 12 * 2**20
-_RESIDENT = 396  # about as many programs at once: three per SM of an H100
+_SMS, _SHARED = 132, 220 * 2**10  # of an H100: multiprocessors, and the bytes that each has for its programs
 # A kernel starts up while the one before still runs (programmatic dependent launch, from Hopper on): about a
 # microsecond each for some 120 kernels per step.
 OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -45,9 +46,25 @@ class Tiles(NamedTuple):
 # By the bytes of a weight. At 3 TB/s some 25 KiB on the way per SM bridge memory's latency; the smallest product of the
 # 4B (4,096 channels) is one program per SM, and has 32 KiB on the way beside the 16 that it works on.
 TILES = {4: Tiles(32, 128, 4, 3), 2: Tiles(32, 256, 4, 4), 1: Tiles(32, 256, 4, 6)}
-GATED_TILES = {4: Tiles(32, 64, 4, 3), 2: Tiles(32, 128, 4, 4), 1: Tiles(32, 256, 4, 4)}  # two matrices at once
-# What timing found better (benchmarks/linear_tiles.py), by channels, inputs, bytes of a weight, gated, rows.
-BEST_TILES: dict[tuple[int, int, int, bool, int], Tiles] = {}
+# Two matrices at once. All 896 programs of the 4B's (and its siblings') fit an H100 at once, seven per SM: with three
+# per SM, the last few of a second round would read alone.
+GATED_TILES = {4: Tiles(32, 64, 4, 3), 2: Tiles(16, 128, 2, 3), 1: Tiles(16, 256, 1, 3)}
+# What timing found better (benchmarks/linear_tiles.py, H100), by channels, inputs, bytes of a weight, gated.
+BEST_TILES: dict[tuple[int, int, int, bool], Tiles] = {
+    (6144, 4096, 2, False): Tiles(16, 512, 4, 4),
+    (4096, 4096, 2, False): Tiles(16, 256, 2, 4),
+    (4096, 14336, 2, False): Tiles(16, 256, 2, 4),
+    (6144, 4096, 1, False): Tiles(16, 256, 2, 4),
+    (4096, 4096, 1, False): Tiles(16, 512, 2, 4),
+    (4096, 14336, 1, False): Tiles(16, 512, 4, 6),
+}
+
+
+@cache
+def _attend_stage() -> int:
+    """Bytes of keys and values that a program of ``attend_kernel`` works on at a time."""
+    large = torch.cuda.is_available() and torch.cuda.get_device_properties().shared_memory_per_block_optin > 200_000
+    return 2**16 if large else 2**15
 
 
 def _launch() -> dict[str, bool]:
@@ -75,10 +92,11 @@ def linear(
     matrices = 2 if gated else 1
     channels, size = len(weight.data) // matrices, weight.data.element_size()
     out = torch.empty(rows, channels, dtype=dtype or x.dtype, device=x.device)
-    tiles = BEST_TILES.get((channels, inner, size, gated, rows)) or (GATED_TILES if gated else TILES)[size]
+    tiles = BEST_TILES.get((channels, inner, size, gated)) or (GATED_TILES if gated else TILES)[size]
     grid = triton.cdiv(channels, tiles.n)
     columns = 32 * tiles.warps // tiles.n  # threads per channel, as they fetch
-    ahead = min(inner, AHEAD_BYTES // (min(grid, _RESIDENT) * tiles.n * size * matrices))
+    resident = _SMS * max(1, _SHARED // (tiles.stages * tiles.k * tiles.n * size * matrices))  # programs at once
+    ahead = min(inner, AHEAD_BYTES // (min(grid, resident) * tiles.n * size * matrices))
     kernels.linear_kernel[(grid,)](
         x,
         weight.data,
@@ -150,11 +168,11 @@ def attend(
         SIZE=size,
         BLOCK_Q=max(16, triton.next_power_of_2(queries)),
         BLOCK_D=block_d,
-        BLOCK_S=_ATTEND_BLOCK,
+        BLOCK_S=min(128, _attend_stage() // (2 * block_d * keys.element_size())),
         SPLITS=splits,
         **_launch(),
         num_warps=_ATTEND_WARPS,
-        num_stages=3,
+        num_stages=_ATTEND_STAGES,
     )
     out = torch.empty(batch, heads * size, dtype=qkv.dtype, device=qkv.device)
     kernels.combine_kernel[(batch * heads,)](
