@@ -118,13 +118,9 @@ def main() -> None:
 
     best = {name: min(times[name] for times in rounds) for name in rounds[0]}
     base = best["cp"] + best["reading"]
-    print(
-        f"{arguments.preset}: {size / 1e9:.2f} GB; "
-        f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}"
-    )
-    print(
-        f"the fastest of {len(rounds)} rounds: cp {best['cp']:.1f} s + reading {best['reading']:.1f} s = {base:.1f} s"
-    )
+    machine = f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}"
+    print(f"{arguments.preset}: {size / 1e9:.2f} GB; {machine}; the fastest of {len(rounds)} rounds:")
+    print(f"cp {best['cp']:.1f} s + reading {best['reading']:.1f} s = {base:.1f} s")
     print(f"{'':14} {'seconds':>8} {'of cp + read':>13} {'peak GiB':>9}")
     for name in scripts:
         print(f"{name:14} {best[name]:8.1f} {best[name] / base:12.2f}x {peaks[name]:9.2f}")

@@ -72,7 +72,7 @@ def write_distributed(
     with new_folder(folder, force) as temporary:
         with ExitStack() as stack:
             files = [stack.enter_context(open(temporary / name, "wb")) for name in names]
-            for item, parts in ahead(_parameters(checkpoint), lambda item: _read(checkpoint, item)):
+            for item, parts in ahead((item, _read(checkpoint, item)) for item in _parameters(checkpoint)):
                 entry, prefix, state, _ = item
                 key, layer = stacked_name(entry.ours)
                 stage = layer * pp // arch.num_layers if layer is not None else 0 if "embedding" in key else pp - 1

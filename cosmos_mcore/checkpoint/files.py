@@ -8,19 +8,18 @@ import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # downloads need no torch
     from torch import Tensor
 
-_AHEAD = 3  # items loaded or being loaded beside the current one: sizes differ, and the disk should never be idle
+_AHEAD = 3  # items made or being made beside the current one: their sizes differ, and no thread should wait
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def _temporary(path: Path) -> Path:
@@ -126,21 +125,21 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def ahead(items: Iterable[Item], load: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
-    """Loads the next items in a second thread while the caller uses the current one.
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Makes the next items in a second thread while the caller uses the current one.
+
+    Args:
+        items: usually a generator; only the second thread runs it, up to three items ahead.
 
     Yields:
-        Each item with what ``load`` made of it, in order.
+        The items, in order.
     """
+    iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
-        waiting: deque[tuple[Item, Future[Result]]] = deque()
-        for item in items:
-            waiting.append((item, pool.submit(load, item)))
-            if len(waiting) > _AHEAD:
-                current, result = waiting.popleft()
-                yield current, result.result()
-        for current, result in waiting:
-            yield current, result.result()
+        waiting: deque[Future[Any]] = deque(pool.submit(next, iterator, end) for _ in range(_AHEAD))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, iterator, end))
+            yield item
 
 
 def fetch_pages(tensor: Tensor) -> None:

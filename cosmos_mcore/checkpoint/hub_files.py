@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cosmos_mcore.checkpoint.files import ahead, new_folder
+from cosmos_mcore.checkpoint.files import new_folder
 from cosmos_mcore.checkpoint.names import Stored, stored_tensors
 from cosmos_mcore.checkpoint.original import part_specs
 from cosmos_mcore.checkpoint.reader import Checkpoint, FilesCheckpoint, FileTensor
@@ -69,9 +69,8 @@ def write_safetensors(
     with new_folder(folder, force) as temporary:
         for file, tensors in zip(names, files, strict=True):
             with SafetensorsWriter(temporary / file, {t.name: specs[t.name] for t in tensors}) as writer:
-                for name, rows in ahead((tensor.originals[0] for tensor in tensors), checkpoint.read_rows):
-                    writer.write(*rows)
-                    checkpoint.release(name)
+                for _, _, block in checkpoint.stream([tensor.originals[0] for tensor in tensors]):
+                    writer.write(block)
         if len(files) > 1:
             index = {
                 "metadata": {"total_size": sum(map(_bytes, specs.values()))},

@@ -292,6 +292,15 @@ def shard(tensor: Tensor, axis: int | None, rank: int, size: int) -> Tensor:
     return tensor.chunk(size, dim=axis)[rank]
 
 
+def shard_rows(rows: Tensor, first: int, total: int, axis: int | None, rank: int, size: int) -> Tensor:
+    """As ``shard`` for rows that are ``first`` and following of a tensor of ``total``; there may be none (a view)."""
+    if axis != 0:
+        return shard(rows, axis, rank, size)
+    assert total % size == 0
+    part = total // size
+    return rows[max(0, rank * part - first) : max(0, (rank + 1) * part - first)]
+
+
 def fuse(parts: Sequence[Tensor], entry: Entry, arch: ModelArch) -> Tensor:
     """Joins the original's tensors (full, or all cut for the same rank) to our parameter.
 

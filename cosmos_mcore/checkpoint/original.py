@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cosmos_mcore.checkpoint.files import ahead, new_files
-from cosmos_mcore.checkpoint.names import Stored, original_shapes, part_shape, shard, stored_tensors
+from cosmos_mcore.checkpoint.files import new_files
+from cosmos_mcore.checkpoint.names import Stored, original_shapes, part_shape, shard_rows, stored_tensors
 from cosmos_mcore.checkpoint.reader import Checkpoint, FilesCheckpoint, FileTensor
 from cosmos_mcore.checkpoint.torch_file import TensorSpec, TorchFile, TorchFileWriter
 
@@ -197,9 +197,10 @@ def part_specs(checkpoint: Checkpoint, stored: Sequence[Stored], size: int) -> d
 
 def write_tensors(checkpoint: Checkpoint, stored: Sequence[Stored], writers: Sequence[TorchFileWriter]) -> None:
     """Appends every tensor to the file of each rank, cut for it."""
-    read = checkpoint.read_rows if len(writers) == 1 else lambda name: [checkpoint.read(name)]
-    for tensor, parts in ahead(stored, lambda tensor: [row for name in tensor.originals for row in read(name)]):
+    shapes = original_shapes(checkpoint.arch)
+    axes = {name: tensor.split_axis for tensor in stored for name in tensor.originals}
+    for name, first, block in checkpoint.stream(list(axes)):
         for rank, writer in enumerate(writers):
-            writer.write(*(shard(part, tensor.split_axis, rank, len(writers)) for part in parts))
-        for name in tensor.originals:
-            checkpoint.release(name)
+            part = shard_rows(block, first, shapes[name][0], axes[name], rank, len(writers))
+            if part.size(0):
+                writer.write(part)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cosmos_mcore.checkpoint.architecture import arch_of_size, check_tensors
-from cosmos_mcore.checkpoint.files import release_pages
+from cosmos_mcore.checkpoint.files import ahead, fetch_pages, release_pages
 from cosmos_mcore.checkpoint.names import original_shapes, part_shape, stored_tensors
+from cosmos_mcore.checkpoint.torch_file import block_rows
 from cosmos_mcore.model.presets import ModelArch
 
 logger = logging.getLogger(__name__)
@@ -79,9 +81,51 @@ class Checkpoint(ABC):
             ValueError: naming file and tensor, if the bytes are damaged.
         """
 
-    def read_rows(self, name: str, state: str = WEIGHT) -> list[Tensor]:
-        """As ``read``, but in pieces that follow each other along the first axis: nothing is joined in memory."""
-        return [self.read(name, state)]
+    def read_blocks(self, name: str, state: str = WEIGHT) -> Iterator[Tensor]:
+        """As ``read``, but in pieces that follow each other along the first axis, each as small as is convenient.
+
+        Read them all: damaged bytes may be noticed as late as at the end of a tensor.
+        """
+        yield self.read(name, state)
+
+    def stream(self, names: Sequence[str]) -> Iterator[tuple[str, int, Tensor]]:
+        """Reads weights to write them, in pieces that the processor's cache holds from one to the other.
+
+        A second thread reads and checks a few pieces ahead; the disk works on the next tensor meanwhile.
+
+        Yields:
+            Each of ``names``, the first row of a piece along its first axis, and the piece, which may be used until the
+            next one is asked for.
+
+        Raises:
+            ValueError: as ``read``; what was given before may be damaged, too.
+        """
+
+        def pieces() -> Iterator[tuple[str, int, Tensor]]:
+            for name, following in zip(names, (*names[1:], None), strict=True):
+                if following is not None:
+                    self.fetch(following)
+                row = 0
+                for block in self.read_blocks(name):
+                    yield name, row, block
+                    row += block.size(0)
+
+        threads, read = torch.get_num_threads(), ""
+        torch.set_num_threads(1)  # more would cut each small piece up once more, and spin while they wait
+        try:
+            for piece in ahead(pieces()):
+                if read and read != piece[0]:
+                    self.release(read)
+                read = piece[0]
+                yield piece
+            if read:
+                self.release(read)
+        finally:
+            torch.set_num_threads(threads)
+
+    def fetch(self, name: str) -> None:
+        """Starts reading a weight that will be asked for soon."""
+        return None
 
     def release(self, name: str, state: str = WEIGHT) -> None:
         """Gives back the memory behind a tensor that has been read; using it again reads it again."""
@@ -95,6 +139,9 @@ class TensorFile(Protocol):
 
     def check(self, tensor: Tensor, name: str) -> None:
         """Raises ValueError if the tensor's bytes do not match their checksum."""
+
+    def blocks(self, tensor: Tensor, name: str, rows: int) -> Iterator[Tensor]:
+        """Checks and gives ``rows`` rows after the other; raises ValueError at the end at the latest."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +206,27 @@ class FilesCheckpoint(Checkpoint):
 
     def read(self, name: str, state: str = WEIGHT) -> Tensor:
         """See ``Checkpoint``."""
-        rows = self.read_rows(name, state)
+        rows = self._read_rows(name, state)
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def read_rows(self, name: str, state: str = WEIGHT) -> list[Tensor]:
+    def read_blocks(self, name: str, state: str = WEIGHT) -> Iterator[Tensor]:
         """See ``Checkpoint``."""
+        stored, parts = self._stored[name], self._parts(name, state)
+        fused = state == WEIGHT and len(stored.originals) > 1
+        if fused or (len(parts) > 1 and stored.split_axis is None):
+            yield from self._read_rows(name, state)
+            return
+        axis = stored.split_axis or 0
+        rows = block_rows(parts[0].tensor, len(parts) if axis else 1)
+        blocks = [part.file.blocks(part.tensor, name, rows) for part in parts]
+        if axis == 0 or len(blocks) == 1:
+            yield from itertools.chain(*blocks)
+        else:
+            for row in zip(*blocks, strict=True):
+                yield torch.cat(row, axis)
+
+    def _read_rows(self, name: str, state: str) -> list[Tensor]:
+        """As ``read``, but in pieces that follow each other along the first axis: nothing is joined in memory."""
         stored, parts = self._stored[name], []
         for entry in self._parts(name, state):
             entry.file.check(entry.tensor, name)
@@ -176,6 +239,11 @@ class FilesCheckpoint(Checkpoint):
         if stored.split_axis is None:
             return [self._replicated(parts, name, state)]
         return [torch.cat(parts, stored.split_axis)]
+
+    def fetch(self, name: str) -> None:
+        """See ``Checkpoint``."""
+        for entry in self._parts(name, WEIGHT):
+            fetch_pages(entry.tensor)
 
     def release(self, name: str, state: str = WEIGHT) -> None:
         """See ``Checkpoint``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cosmos_mcore.checkpoint.files import fetch_pages
-from cosmos_mcore.checkpoint.torch_file import TensorSpec, check_rows, tensor_bytes
+from cosmos_mcore.checkpoint.torch_file import ExpectedTensors, TensorSpec, row_blocks, tensor_bytes
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -77,14 +77,18 @@ class SafetensorsFile:
         """Starts reading; there is nothing to compare with, as the format has no checksums."""
         fetch_pages(tensor)
 
+    def blocks(self, tensor: Tensor, name: str, rows: int) -> Iterator[Tensor]:
+        """Gives ``rows`` rows after the other; nothing is compared, as in ``check``."""
+        self.check(tensor, name)
+        yield from row_blocks(tensor, rows)
+
 
 class SafetensorsWriter:
     """Writes a safetensors file tensor after tensor. Use as a context manager."""
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         """Starts the file; ``write`` must then be called for each of ``specs`` in order."""
-        self._expected = list(specs.values())
-        self._next = 0
+        self._expected = ExpectedTensors(list(specs.values()))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name, spec in specs.items():
@@ -97,11 +101,10 @@ class SafetensorsWriter:
         self._file.write(struct.pack("<Q", len(encoded)) + encoded)
 
     def write(self, *rows: Tensor) -> None:
-        """Appends the next tensor, whole or in pieces along its first axis."""
-        check_rows(rows, self._expected[self._next])
-        for piece in rows:
-            self._file.write(tensor_bytes(piece))
-        self._next += 1
+        """Appends the next tensor, or its next rows: as ``TorchFileWriter.write``."""
+        for part in rows:
+            self._expected.take(part)
+            self._file.write(tensor_bytes(part))
 
     def __enter__(self) -> SafetensorsWriter:
         """Starts the block."""
@@ -110,7 +113,8 @@ class SafetensorsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Closes the file."""
         self._file.close()
-        assert error is not None or self._next == len(self._expected), "tensors are missing"
+        if error is None:
+            self._expected.assert_complete()
 
 
 def _entry(value: Mapping[str, Any]) -> tuple[TensorSpec, int, int]:

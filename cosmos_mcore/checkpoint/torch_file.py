@@ -28,6 +28,7 @@ _ALIGNMENT = 64  # bytes; lets torch map tensors of any dtype
 _LOCAL_HEADER = 30  # bytes of a ZIP record's header before its name
 _ZIP64_EXTRA = 20  # bytes that zipfile adds to the header of a record that may pass 2 GiB
 _PIECE = 2**20  # bytes that stay in the processor's cache between their checksum and their copy to the file
+_BLOCK = 2**21  # bytes that stay there from one thread that checks them to another that writes them
 _STORAGES = {
     torch.bfloat16: torch.BFloat16Storage,
     torch.float16: torch.HalfStorage,
@@ -87,12 +88,37 @@ class TorchFile:
             ValueError: naming file and tensor, if they differ.
         """
         storage = tensor.untyped_storage()
-        info = self._unchecked.pop(storage.data_ptr(), None)
-        if info is None:
+        if storage.data_ptr() in self._unchecked:
+            fetch_pages(tensor)
+            self._compare(tensor, name, crc32(tensor_bytes(torch.empty(0, dtype=torch.uint8).set_(storage))))
+
+    def blocks(self, tensor: Tensor, name: str, rows: int) -> Iterator[Tensor]:
+        """As ``check``, but a few rows at a time: the last ones have been given when a difference is found.
+
+        Yields:
+            Views of ``rows`` rows (the last one: up to that many). Read them all: there is no check before the end.
+
+        Raises:
+            ValueError: naming file and tensor, if its bytes do not match their checksum.
+        """
+        storage = tensor.untyped_storage()
+        if tensor.nbytes != storage.nbytes() or not tensor.is_contiguous():
+            self.check(tensor, name)
+        if storage.data_ptr() not in self._unchecked:
+            yield from row_blocks(tensor, rows)
             return
         fetch_pages(tensor)
-        if crc32(tensor_bytes(torch.empty(0, dtype=torch.uint8).set_(storage))) != info.CRC:
+        checksum = 0
+        for block in row_blocks(tensor, rows):
+            checksum = crc32(tensor_bytes(block), checksum)
+            yield block
+        self._compare(tensor, name, checksum)
+
+    def _compare(self, tensor: Tensor, name: str, checksum: int) -> None:
+        pointer = tensor.untyped_storage().data_ptr()
+        if checksum != self._unchecked[pointer].CRC:
             raise ValueError(f"{self.path} is corrupted: {name} does not match its checksum; copy or download it again")
+        del self._unchecked[pointer]
 
 
 class TorchFileWriter:
@@ -108,13 +134,12 @@ class TorchFileWriter:
             path: the file to write; or a place in an open one.
             structure: nested containers with a ``TensorSpec`` in the place of each tensor.
         """
-        self._expected: list[TensorSpec] = []
-        self._next = 0
+        expected: list[TensorSpec] = []
         self._file: Any = path if isinstance(path, _Inside) else open(path, "wb")  # noqa: SIM115 - closed by __exit__
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         pickled = io.BytesIO()
-        pickler = _StructurePickler(pickled, self._expected)
-        pickler.dump(structure)
+        _StructurePickler(pickled, expected).dump(structure)
+        self._expected = ExpectedTensors(expected)
         self._record("data.pkl", pickled.getvalue())
         self._record("byteorder", b"little")
 
@@ -124,10 +149,18 @@ class TorchFileWriter:
         return cls(_Inside(file), TensorSpec(tuple(tensor.shape), tensor.dtype))
 
     def write(self, *rows: Tensor) -> None:
-        """Appends the next tensor in the structure's order, whole or in pieces along its first axis."""
-        check_rows(rows, self._expected[self._next])
-        self._record(f"data/{self._next}", *map(tensor_bytes, rows))
-        self._next += 1
+        """Appends the next tensor in the structure's order, or its next rows.
+
+        Args:
+            rows: pieces that follow each other along the first axis; the rest may come with the next calls.
+        """
+        for part in rows:
+            if not self._expected.started:
+                self._open(f"data/{self._expected.index}", _num_bytes(self._expected.spec))
+            full = self._expected.take(part)
+            self._append(tensor_bytes(part))
+            if full:
+                self._close()
 
     def __enter__(self) -> TorchFileWriter:
         """Starts the block."""
@@ -137,33 +170,45 @@ class TorchFileWriter:
         """Finishes the file, or closes it as it is after an error."""
         try:
             if error is None:
-                assert self._next == len(self._expected), "tensors are missing"
+                self._expected.assert_complete()
                 self._record("version", b"3\n")
                 self._archive.close()
         finally:
             self._archive.fp = None  # or it would try to finish the file once more
             self._file.close()
 
-    def _record(self, name: str, *data: Any) -> None:
+    def _record(self, name: str, data: bytes) -> None:
+        self._open(name, len(data))
+        self._append(data)
+        self._close()
+
+    def _open(self, name: str, size: int) -> None:
+        """Starts a record of so many bytes."""
         info = zipfile.ZipInfo("archive/" + name)  # its fixed default date makes equal files equal
-        info.file_size = info.compress_size = sum(memoryview(part).nbytes for part in data)
+        info.file_size = info.compress_size = size
         info.header_offset, info.CRC = self._file.tell(), 0
         info.external_attr = 0o600 << 16  # what unzip gives the files that it makes
         large = info.file_size > zipfile.ZIP64_LIMIT
         header = _LOCAL_HEADER + len(info.filename) + (_ZIP64_EXTRA if large else 0)
         padding = -(info.header_offset + header + 4) % _ALIGNMENT
         info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # as torch pads
-        # Not with ``ZipFile.open``, which would compute the checksum with zlib; the last lines are ``ZipFile.mkdir``'s.
+        # Not with ``ZipFile.open``, which would compute the checksum with zlib.
         self._file.write(info.FileHeader(large))
-        for part in data:
-            view = memoryview(part)
-            for start in range(0, view.nbytes, _PIECE):
-                piece = view[start : start + _PIECE]
-                info.CRC = crc32(piece, info.CRC)
-                self._file.write(piece)
-        end = self._file.tell()
+        self._info = info
+
+    def _append(self, data: Any) -> None:
+        """Adds bytes to the open record."""
+        view = memoryview(data)
+        for start in range(0, view.nbytes, _PIECE):
+            piece = view[start : start + _PIECE]
+            self._info.CRC = crc32(piece, self._info.CRC)
+            self._file.write(piece)
+
+    def _close(self) -> None:
+        """Ends the open record, as ``ZipFile.mkdir`` does."""
+        info, end = self._info, self._file.tell()
         self._file.seek(info.header_offset)
-        self._file.write(info.FileHeader(large))
+        self._file.write(info.FileHeader(info.file_size > zipfile.ZIP64_LIMIT))
         self._file.seek(end)
         self._archive.filelist.append(info)
         self._archive.NameToInfo[info.filename] = info
@@ -253,11 +298,49 @@ def _tensors(content: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def check_rows(rows: Sequence[Tensor], spec: TensorSpec) -> None:
-    """Asserts that tensors make up ``spec`` along the first axis."""
-    joined = (sum(row.size(0) for row in rows), *rows[0].shape[1:]) if rows[0].dim() else ()
-    fits = all(row.dtype == spec.dtype and row.shape[1:] == spec.shape[1:] for row in rows)
-    assert joined == spec.shape and fits, f"expected {spec}"
+class ExpectedTensors:
+    """Which tensor a file gets next, and how much of it is there: asserts that all come in order, with all their rows.
+
+    Attributes:
+        index: of the tensor that is due.
+        started: whether rows of it have been taken.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        """Expects all of ``specs``."""
+        self._specs, self.index, self.started, self._rows = specs, 0, False, 0
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor that is due."""
+        return self._specs[self.index]
+
+    def take(self, rows: Tensor) -> bool:
+        """Notes the next rows along the first axis (or all of a scalar); returns whether they complete the tensor."""
+        spec = self.spec
+        assert rows.dtype == spec.dtype and rows.dim() == len(spec.shape), f"expected {spec}"
+        assert rows.shape[1:] == spec.shape[1:], f"expected {spec}"
+        self.started, self._rows = True, self._rows + (rows.size(0) if spec.shape else 1)
+        missing = (spec.shape[0] if spec.shape else 1) - self._rows
+        assert missing >= 0, f"more rows than {spec}"
+        if missing == 0:
+            self.index, self.started, self._rows = self.index + 1, False, 0
+        return missing == 0
+
+    def assert_complete(self) -> None:
+        """Asserts that nothing is missing."""
+        assert self.index == len(self._specs), "tensors are missing"
+
+
+def block_rows(tensor: Tensor, parts: int = 1) -> int:
+    """How many rows of a tensor, in each of ``parts`` that lie side by side, make a block that stays in the cache."""
+    row = tensor.nbytes // tensor.size(0) if tensor.dim() and tensor.size(0) else 0
+    return max(1, _BLOCK // max(1, row * parts))
+
+
+def row_blocks(tensor: Tensor, rows: int) -> Sequence[Tensor]:
+    """Cuts a tensor in views of so many rows along its first axis; a scalar stays whole."""
+    return tensor.split(rows) if tensor.dim() else (tensor,)
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
@@ -267,3 +350,7 @@ def tensor_bytes(tensor: Tensor) -> Any:
 
 def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
+
+
+def _num_bytes(spec: TensorSpec) -> int:
+    return _numel(spec.shape) * spec.dtype.itemsize

@@ -96,8 +96,7 @@ def _compare(first: Checkpoint, second: Checkpoint, report: Report) -> None:
     digests = (hashlib.sha256(), hashlib.sha256())
     states = (WEIGHT, *MOMENTS) if first.training and second.training else (WEIGHT,)
     items = [(name, state) for name in first.names for state in states]
-    for (name, state), tensors in ahead(items, lambda item: (first.read(*item), second.read(*item))):
-        one, other = tensors
+    for name, state, one, other in ahead((*item, first.read(*item), second.read(*item)) for item in items):
         if state in MOMENTS:
             one = one.to(other.dtype)
         for side, digest, tensor in zip(report.sides, digests, (one, other), strict=True):

@@ -6,21 +6,25 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
+import zipfile
+from collections import Counter
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from cosmos_mcore.checkpoint import torch_file
 from cosmos_mcore.checkpoint.convert import LAYOUTS, convert
 from cosmos_mcore.checkpoint.distributed_reader import read_metadata
 from cosmos_mcore.checkpoint.hub_files import INDEX, write_safetensors
 from cosmos_mcore.checkpoint.names import original_shapes, stored_tensors
 from cosmos_mcore.checkpoint.original import existing_shards, open_shards
 from cosmos_mcore.checkpoint.recognize import open_checkpoint
-from cosmos_mcore.checkpoint.torch_file import TensorSpec, TorchFileWriter
+from cosmos_mcore.checkpoint.torch_file import TensorSpec, TorchFile, TorchFileWriter
 from cosmos_mcore.model.presets import PRESETS, ModelArch, Yarn
 from tests.checkpoint.models import RELEASED, random_weights, reduced, save_model
 from tests.processes import environment
@@ -360,6 +364,47 @@ def big_model(tmp_path_factory):
             writer.write(torch.randint(-9, 9, shape, dtype=torch.int8).to(torch.bfloat16))
     yield path
     shutil.rmtree(path.parent)
+
+
+@pytest.mark.parametrize(("to", "where"), [("safetensors", 0.0), ("mp", 0.6), ("monolithic", 1.0)])
+def test_a_corrupted_byte_in_a_big_tensor_is_noticed_at_its_end(tmp_path, big_model, to, where):
+    name = "layers.3.feed_forward.w2.weight"
+    damaged = tmp_path / "damaged.pt"
+    shutil.copyfile(big_model, damaged)
+    with zipfile.ZipFile(big_model) as archive:
+        record = archive.getinfo(f"archive/data/{list(TorchFile(big_model).content).index('model.' + name)}")
+    with open(damaged, "r+b") as file:
+        file.seek(record.header_offset + 26)
+        lengths = struct.unpack("<HH", file.read(4))
+        file.seek(record.header_offset + 30 + sum(lengths) + int(where * (record.file_size - 1)))
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 8]))
+    with pytest.raises(ValueError, match=f"damaged.pt is corrupted: {name} does not match its checksum"):
+        convert(damaged, tmp_path / ("out" if to == "safetensors" else "out.pt"), to)
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged.pt"]
+
+
+@pytest.mark.parametrize("preset", ["4b", "5b-video2world"])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_blocks_and_their_shards_joined_are_the_tensors(tmp_path, monkeypatch, preset, size):
+    monkeypatch.setattr(torch_file, "_BLOCK", 10_000)  # bytes: many blocks, which do not end where shards do
+    weights = random_weights(reduced(preset))
+    save_model(tmp_path / "released" / "model.pt", weights)
+    convert(tmp_path / "released", tmp_path / "whole.pt", "monolithic")
+    for naming in ("mp", "te"):
+        convert(tmp_path / "whole.pt", tmp_path / f"{naming}.pt", naming, tensor_parallel_size=size)
+        checkpoint = open_checkpoint(tmp_path / f"{naming}.pt")
+        numbers = Counter()
+        found = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        for name, first, block in checkpoint.stream(checkpoint.names):
+            found[name][first : first + block.size(0)] = block
+            numbers[name] += block.size(0)
+        assert all(
+            torch.equal(found[name], tensor) and numbers[name] == len(tensor) for name, tensor in weights.items()
+        )
+        convert(tmp_path / f"{naming}.pt", tmp_path / f"{naming}_merged.pt", "monolithic")
+        assert (tmp_path / f"{naming}_merged.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
 
 
 CONVERT = "import sys; from pathlib import Path; from cosmos_mcore.checkpoint.convert import convert; "
