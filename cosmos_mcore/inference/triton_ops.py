@@ -22,7 +22,7 @@ from cosmos_mcore.inference.weights import Matrix
 MAX_ROWS = 16  # two of the tensor cores' smallest tiles; with more, sums would take the registers of loads
 ATTEND_PROGRAMS = 128  # one per SM of an H100, with as many keys and values on the way as its shared memory holds
 _ATTEND_WARPS = 4  # attend_kernel counts on 128 threads
-_ATTEND_STAGES = 3
+_FEW_SPLITS = 8  # with fewer parts of a cache, a program has so much of it to read that larger blocks pay
 _SAMPLE_BLOCK = 1024
 _ROUNDS = 6  # of 32 ways: 2^30, all floats from 0 to 1
 # While kernels change, so many bytes of what the next one reads come into the L2 cache: about 4 us of an H100's memory,
@@ -61,10 +61,12 @@ BEST_TILES: dict[tuple[int, int, int, bool], Tiles] = {
 
 
 @cache
-def _attend_stage() -> int:
-    """Bytes of keys and values that a program of ``attend_kernel`` works on at a time."""
-    large = torch.cuda.is_available() and torch.cuda.get_device_properties().shared_memory_per_block_optin > 200_000
-    return 2**16 if large else 2**15
+def _attend_bytes() -> int:
+    """How many bytes of keys and values a program of ``attend_kernel`` may have on the way."""
+    if not torch.cuda.is_available():
+        return 3 * 2**15
+    shared = getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", 0)  # new in torch 2.5
+    return (6 if shared > 200_000 else 3) * 2**15
 
 
 def _launch() -> dict[str, bool]:
@@ -147,6 +149,7 @@ def attend(
     block_d = max(16, triton.next_power_of_2(size))
     position_bytes = 2 * size * keys.element_size()  # of keys and values
     ahead = AHEAD_BYTES // (batch * groups * splits * position_bytes)
+    stage = 2**16 if splits < _FEW_SPLITS and _attend_bytes() > 2**17 else 2**15
     kernels.attend_kernel[(batch * groups, splits)](
         qkv,
         keys,
@@ -168,11 +171,11 @@ def attend(
         SIZE=size,
         BLOCK_Q=max(16, triton.next_power_of_2(queries)),
         BLOCK_D=block_d,
-        BLOCK_S=min(128, _attend_stage() // (2 * block_d * keys.element_size())),
+        BLOCK_S=min(128, stage // (2 * block_d * keys.element_size())),
         SPLITS=splits,
         **_launch(),
         num_warps=_ATTEND_WARPS,
-        num_stages=_ATTEND_STAGES,
+        num_stages=_attend_bytes() // stage,
     )
     out = torch.empty(batch, heads * size, dtype=qkv.dtype, device=qkv.device)
     kernels.combine_kernel[(batch * heads,)](
