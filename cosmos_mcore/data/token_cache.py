@@ -28,7 +28,7 @@ from cosmos_mcore.data.shards import ClipKey, ShardReader, ShardWriter, evict
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "token_cache.json"
-TRANSFORM_VERSION = 1  # raise it with every change of decoding or transforms that alters pixels
+TRANSFORM_VERSION = 2  # raise it with every change of decoding or transforms that alters pixels
 
 _SHARD_BYTES = 2**28
 _REFRESH_SECONDS = 10.0  # between looks at what others have added: hundreds of processes may share a file system
