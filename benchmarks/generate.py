@@ -78,16 +78,20 @@ def bytes_per_step(network: CachedNetwork, batch: int, filled: float) -> float:
 
 
 def kernel_times(generator: TokenGenerator) -> dict[str, float]:
-    """Microseconds of each kernel in one step."""
+    """Microseconds that each kernel adds to one step: from the end of the one before, as many start up before that."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         generator.advance()
         torch.cuda.synchronize()
+    events = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     times: Counter[str] = Counter()
-    for event in recorded.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[event.name[:60]] += event.time_range.elapsed_us()
+    last_end = 0.0
+    for event in sorted(events, key=lambda event: event.time_range.end):
+        start, end = max(event.time_range.start, last_end), event.time_range.end
+        times[event.name[:60]] += end - start
+        times["between"] += start - last_end if last_end else 0.0
+        last_end = end
     return {name: round(micro, 1) for name, micro in times.most_common(12)}
 
 
