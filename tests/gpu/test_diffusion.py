@@ -40,6 +40,20 @@ def test_golden(shared_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.
 
 
 @torch.no_grad()
+def test_flash_attention_4_agrees_with_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flash_attn.cute", reason="the extra `flash` is not installed")
+    torch.manual_seed(0)
+    layer = attention.Attention(512, 512, 4).to(CUDA, torch.bfloat16)
+    layer.to_q[1].weight.fill_(1.0)
+    layer.to_k[1].weight.fill_(1.0)
+    x = torch.randn(2, 1300, 512, device=CUDA, dtype=torch.bfloat16)
+    assert attention._suits_flash_attention(x) and attention._flash_attention() is not None
+    made = layer(x.clone())
+    monkeypatch.setattr(attention, "_flash_attention", lambda: None)
+    torch.testing.assert_close(made, layer(x.clone()), atol=0.004, rtol=0.02)
+
+
+@torch.no_grad()
 def test_kernels() -> None:
     """In bfloat16 and at the release's widths, against float32."""
     draw = torch.Generator(CUDA).manual_seed(0)
