@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     if args.data is None:
         print("Making clips of moving shapes", flush=True)
         data, size = args.output / "clips", {"height": config.data.height, "width": config.data.width}
-        make_shape_clips(data, 192, seed=0, shapes_per_clip=2, **size)
+        make_shape_clips(data, 960, seed=0, shapes_per_clip=2, **size)
         source = make_shape_clips(args.output / "unseen", 1, seed=1, shapes_per_clip=2, **size)[0]
         overrides = [f"data.path={data}"]
     else:
