@@ -7,11 +7,11 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from cosmos_mcore.config import RunConfig, load_config
+from cosmos_mcore.config import RunConfig
 from cosmos_mcore.config.derived import prompt_cache_dir
 from cosmos_mcore.data.index import prompts_of
 from cosmos_mcore.parallel.command_line import configure_logging
-from cosmos_mcore.parallel.parts import PART_HELP, device_of, part_of, progress_bar
+from cosmos_mcore.parallel.parts import device_of, progress_bar, read_arguments
 from cosmos_mcore.text.cache import BATCH, EmbeddingCache
 
 logger = logging.getLogger(__name__)
@@ -33,19 +33,14 @@ def main(arguments: list[str]) -> int:
         "folder data.prompt_cache, so that training needs no text encoder. Run as many processes as you like, with "
         "torchrun or with --part; run again to go on."
     )
-    parser.add_argument("config", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces keys of the file")
     parser.add_argument(
         "--text_encoder",
         type=Path,
         default=Path("checkpoints/google-t5/t5-11b"),
         help="folder of a T5 model; default: %(default)s",
     )
-    parser.add_argument("--part", help=PART_HELP)
-    args = parser.parse_intermixed_args(arguments)
-    config = load_config(args.config, args.overrides)
+    args, config, part = read_arguments(parser, arguments)
     configure_logging()
-    part = part_of(args.part)
     prompts = _prompts(config, report=part[0] == 0)
 
     from cosmos_mcore.text.encoder import fingerprint_of  # now, since it loads torch

@@ -12,14 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cosmos_mcore.config import RunConfig, load_config
+from cosmos_mcore.config import RunConfig
 from cosmos_mcore.config.validate import validate
 from cosmos_mcore.data.contents import FileContents
 from cosmos_mcore.data.index import Clip, ClipIndex, SkippedFile, index_clips
 from cosmos_mcore.data.mp4 import UnreadableVideoError
 from cosmos_mcore.data.token_cache import cached_keys, is_cache, merge
 from cosmos_mcore.parallel.command_line import configure_logging
-from cosmos_mcore.parallel.parts import PART_HELP, device_of, part_of, progress_bar
+from cosmos_mcore.parallel.parts import device_of, progress_bar, read_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +48,9 @@ def main(arguments: list[str]) -> int:
         description="Tokenize a config's clips into a token cache, which data.token_cache (or data.path, without the "
         "videos) then names. Run as many processes as you like, with torchrun or with --part; run again to go on."
     )
-    parser.add_argument("config", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces keys of the file")
     parser.add_argument("--output", type=Path, help="the token cache; default: data.token_cache of the config")
-    parser.add_argument("--part", help=PART_HELP)
     parser.add_argument("--merge", type=Path, nargs="+", default=[], help="token caches to copy into the output first")
-    args = parser.parse_intermixed_args(arguments)
-    config = load_config(args.config, args.overrides)
+    args, config, part = read_arguments(parser, arguments)
     if args.output is not None:
         config.data.token_cache = str(args.output)
     if config.data.token_cache in (None, "auto"):
@@ -66,7 +62,6 @@ def main(arguments: list[str]) -> int:
         logger.info("copied %d files of %s", merge(source, folder), source)
     if is_cache(config.data.path):
         raise ValueError(f"data.path={config.data.path} is a token cache already; name the videos")
-    part = part_of(args.part)
     index = index_clips(config.data)
     outcome = fill(config, index, part)
     note_dropped(folder, part, list(outcome.dropped.values()))

@@ -11,6 +11,7 @@ from cosmos_mcore.parallel.launch import world_size
 
 MAX_BATCH = 8  # sequences at a time: their caches (0.8 GB each for 4B, 2.1 GB for 12B) leave room on an 80 GB GPU
 BASE_MODEL, TEXT_MODEL = "Cosmos-Predict1-4B", "Cosmos-Predict1-5B-Video2World"  # the original's defaults
+SLOWEST_FPS, FASTEST_FPS = 0.01, 1000  # that files can say
 _WITH_TEXT = "text_and_"
 
 
@@ -80,6 +81,15 @@ def add_model_arguments(original: argparse._ArgumentGroup, new: argparse._Argume
     add("--fp8", action="store_true", help="round the layers' weights to 8 bits: half the memory, faster")
 
 
+def stay_offline() -> None:
+    """Has the hub's packages take what is in its cache and download nothing, unless the user's environment says other.
+
+    The guardrail's weights are many gigabytes, behind a licence that has to be agreed to. The packages look when they
+    are imported, by the text encoder's and the page's package, too: this comes before.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """What can be wrong without a look at any file but the output folder; makes that.
 
@@ -92,18 +102,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError('the prompts of a batch are in its lines, as "prompt": leave --prompt away')
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty; say what the video shows")
-    for name in ("num_samples", "num_gpus", "num_frames", "fps"):
+    for name in ("num_samples", "num_gpus", "num_frames"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name} {value} must be more than 0")
+    if args.fps is not None and not SLOWEST_FPS <= args.fps <= FASTEST_FPS:
+        raise ValueError(f"--fps {args.fps} must lie between {SLOWEST_FPS} and {FASTEST_FPS}")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed} must lie between 0 and {2**32 - 1}")
     if world_size() > 1 and args.num_gpus not in (1, world_size()):
         raise ValueError(f"--num_gpus {args.num_gpus} does not fit torchrun's {world_size()} processes; leave it away")
     if args.num_samples > MAX_BATCH:
         raise ValueError(f"--num_samples {args.num_samples} is too many at once; give at most {MAX_BATCH}")
-    if Path(args.video_save_name).name != args.video_save_name:
-        raise ValueError(f"--video_save_name {args.video_save_name} must be a name; --video_save_folder is for folders")
+    if not args.video_save_name or Path(args.video_save_name).name != args.video_save_name:
+        raise ValueError(
+            f"--video_save_name {args.video_save_name!r} must be a name; --video_save_folder is for folders"
+        )
     folder = Path(args.video_save_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # What the released models were trained on (spec/inference.md section 2), and where their tokenizer is downloaded to.
 RELEASED_SIZE = (33, 640, 1024)
 RELEASED_TOKENIZER = "Cosmos-Tokenize1-DV8x16x16-720p"
+_FP8_CAPABILITY = (8, 9)  # of the oldest GPUs that have such numbers
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds its checkpoints
 
 
@@ -133,8 +134,11 @@ def load_pipeline(
         offload_decoder: as ``DiffusionDecoder.from_folder``.
 
     Raises:
-        ValueError: if a file is damaged or of another model.
+        ValueError: if a file is damaged or of another model, or the GPU has no 8-bit numbers for ``fp8``.
     """
+    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"--fp8 needs a GPU of compute capability 8.9 or newer, which {name} is not; leave it away")
     decoder = None
     if decoder_folder is not None:  # first: what is parked makes room for the model
         logger.info("loading the diffusion decoder from %s", decoder_folder)

@@ -7,7 +7,6 @@ are written unchecked; where it runs and fails, the video is not written.
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import torch
@@ -43,9 +42,10 @@ class Guardrail:
 
 
 def find_guardrail(device: torch.device) -> Guardrail | None:
-    """The checker on ``device``, or None, with a line that says why, where package or weights are not installed."""
-    # Only weights that are there already: they are many gigabytes, and behind a licence that has to be agreed to.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    """The checker on ``device``, or None, with a line that says why, where package or weights are not installed.
+
+    Only weights that are there already are taken if ``arguments.stay_offline`` has been called before.
+    """
     try:
         from cosmos_guardrail import CosmosSafetyChecker
 

@@ -28,13 +28,18 @@ class Item:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is read of each input: so many frames of this size; of an image one, unless only videos will do."""
+    """What is read of each input: so many frames of this size; of an image one, unless only videos will do.
+
+    Attributes:
+        made_frames: of the result: more than are read of an input; None: no matter.
+    """
 
     num_frames: int
     height: int
     width: int
     frame_stride: int
     video_only: bool = False
+    made_frames: int | None = None
 
 
 @dataclass
@@ -70,7 +75,7 @@ def read_batch_file(path: Path, with_prompts: bool, failures: Failures) -> list[
     if not path.is_file():
         raise ValueError(f"there is no file {path}; --batch_input_path needs a file with one JSON object per line")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other ends of lines as they are
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as text: {error}") from None
     items: list[Item] = []
@@ -100,6 +105,7 @@ def _read_line(line: str, name: str) -> Item:
     try:
         entry = json.loads(line)
         source, prompt = Path(entry["visual_input"]), entry.get("prompt")
+        f"{source}{prompt}".encode()  # half a character, which JSON can hold, is a ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError('is no JSON object with a path in "visual_input"') from None
     return Item(source, name, (prompt.strip() or None) if isinstance(prompt, str) else None)
@@ -129,6 +135,10 @@ def read_batches(
             clip = read_conditioning(item.source, wanted.num_frames, wanted.height, wanted.width, wanted.frame_stride)
             if wanted.video_only and clip.size(2) < wanted.num_frames:
                 raise ValueError(f"--compare needs a video, whose frames are the truth, but {item.source} is an image")
+            if wanted.made_frames is not None and wanted.made_frames <= clip.size(2):
+                raise ValueError(
+                    f"--num_frames {wanted.made_frames} leaves nothing to generate after {clip.size(2)} given frames"
+                )
         except ValueError as error:
             if failures is None:
                 raise

@@ -20,6 +20,7 @@ from cosmos_mcore.inference.arguments import (
     given_frames,
     make_parser,
     model_folder,
+    stay_offline,
 )
 from cosmos_mcore.model.presets import ModelArch, check_arch_layout
 from cosmos_mcore.parallel.command_line import USER_ERROR, configure_logging
@@ -71,6 +72,7 @@ def main(arguments: list[str]) -> int:
     args = make_parser().parse_args(arguments)
     check_arguments(args)
     configure_logging()
+    stay_offline()
     # Only now torch, after the mistakes that can be found without it.
     from cosmos_mcore.inference import assemble
     from cosmos_mcore.inference.guardrail import find_guardrail
@@ -101,7 +103,8 @@ def main(arguments: list[str]) -> int:
     prompts = [item.prompt for item in items if item.prompt is not None]
     source.check(prompts)
     size = config.data.height, config.data.width, config.data.frame_stride
-    wanted = Wanted(_frames_to_read(args, config), *size, video_only=args.compare)
+    made_frames = None if args.compare else args.num_frames
+    wanted = Wanted(_frames_to_read(args, config), *size, video_only=args.compare, made_frames=made_frames)
     per_batch = max(1, MAX_BATCH // args.num_samples)
     batches = read_batches(items, wanted, per_batch, failures if batch else None)
     first = next(batches, None)  # a mistake in the first input shall not cost the loading of a model
@@ -111,17 +114,20 @@ def main(arguments: list[str]) -> int:
     texts = source.embed(prompts, device, group) if prompts else {}
     pipeline = load_pipeline(args, config, arch, checkpoint, device, group)
     guardrail = None if args.disable_guardrail or not is_rank_zero() else find_guardrail(pipeline.device)
+    written = 0
     for inputs, clips in itertools.chain([first], batches):
         for result in _continue(pipeline, args, options, inputs, clips, texts):
             video = result.made.video if guardrail is None else guardrail.check(result.made.video)
             if video is None:
-                failures.add(result.item.name, "the guardrail blocks this video, so it is not written")
+                failures.add(result.name, "the guardrail blocks this video, so it is not written")
                 continue
             _write(args, config, result, video)
+            written += 1
     shut_down()
     # Not on other ranks: the launcher would end the first one, which may still be writing.
     if failures.lines and is_rank_zero():
-        logger.error("%d of %d inputs gave no video", len(failures.lines), count)
+        videos = count * args.num_samples
+        logger.error("%d of %d videos were not written", videos - written, videos)
         return USER_ERROR
     return 0
 
@@ -159,11 +165,8 @@ def adapted_config(args: argparse.Namespace, config_file: Path | None) -> RunCon
 
 
 def _frames_to_read(args: argparse.Namespace, config: RunConfig) -> int:
-    given = given_frames(args)
-    if args.num_frames is not None and args.num_frames <= given:
-        raise ValueError(f"--num_frames {args.num_frames} leaves nothing to generate after {given} given frames")
     if not args.compare:
-        return given
+        return given_frames(args)
     if args.num_frames is not None and args.num_frames != config.data.num_frames:
         raise ValueError(f"--compare shows one clip of {config.data.num_frames} frames; leave --num_frames away")
     return config.data.num_frames
@@ -250,16 +253,23 @@ def _continue(
 
 
 def _write(args: argparse.Namespace, config: RunConfig, result: _Result, video: Tensor) -> None:
-    """Writes one result; ``video`` is what the guardrail has left of it."""
+    """Writes one result; ``video`` is what the guardrail has left of it.
+
+    Raises:
+        ValueError: if the folder cannot be written to any more.
+    """
     from cosmos_mcore.inference.video_io import frame_rate, write_mp4
 
     fps = args.fps if args.fps is not None else frame_rate(result.item.source, config.data.frame_stride)
     folder = Path(args.video_save_folder)
-    written = [write_mp4(folder / f"{result.name}.mp4", video, fps)]
-    if result.round_trip is not None:
-        from cosmos_mcore.inference.picture import write_comparison
+    try:
+        written = [write_mp4(folder / f"{result.name}.mp4", video, fps)]
+        if result.round_trip is not None:
+            from cosmos_mcore.inference.picture import write_comparison
 
-        rows = {"input": result.clip[0], "tokenizer round trip": result.round_trip[0], "generated": video}
-        written += write_comparison(folder, result.name, rows, result.made.num_given, fps)
+            rows = {"input": result.clip[0], "tokenizer round trip": result.round_trip[0], "generated": video}
+            written += write_comparison(folder, result.name, rows, result.made.num_given, fps)
+    except OSError as error:
+        raise ValueError(f"{result.name} cannot be written to {folder}: {error.strerror or error}") from None
     for path in written:
         logger.info("wrote %s", path)

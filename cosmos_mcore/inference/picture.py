@@ -173,7 +173,8 @@ def write_gif(path: str | os.PathLike[str], frames: np.ndarray, fps: float) -> P
     Args:
         path: where to write.
         frames: uint8 [T, H, W, 3].
-        fps: frames per second; GIF counts time in hundredths of a second, browsers show at most 50 per second.
+        fps: frames per second; GIF counts time in hundredths of a second, and browsers show 10 frames per second where
+            it says more than 50, so 50 are the most.
     """
     pictures = [Image.fromarray(frame) for frame in frames]
     # One palette for all frames, or plain areas flicker.
@@ -181,7 +182,12 @@ def write_gif(path: str | os.PathLike[str], frames: np.ndarray, fps: float) -> P
     pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     with replaced_file(path) as temporary:
         pictures[0].save(
-            temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=max(20, round(1000 / fps)),
+            loop=0,
         )
     return Path(path)
 

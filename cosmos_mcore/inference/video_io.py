@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DEFAULT_FPS = 25.0  # as the original writes all its videos
+_MOST_COVERED = 50  # times the size that is cut out: an image of 1x10000 pixels would become 126 GB
 
 
 def write_mp4(path: str | os.PathLike[str], video: Tensor, fps: float) -> Path:
@@ -76,10 +77,10 @@ def read_conditioning(
         then cut at the centre.
 
     Raises:
-        ValueError: if the file is missing, cannot be read, or has too few frames.
+        ValueError: if the file is missing, cannot be read, has too few frames, or frames far from the size's shape.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # which is False, too, where no file can have such a name
         raise ValueError(f"there is no file {path}; give the path of an image or a video")
     if path.suffix.lower() in IMAGE_SUFFIXES:
         if num_frames > 1:
@@ -110,10 +111,15 @@ def cover(frames: Tensor, height: int, width: int) -> Tensor:
 
     Returns:
         [N, C, height, width] float32; antialiased bilinear.
+
+    Raises:
+        ValueError: if nearly all of the frames would be cut off.
     """
     h, w = frames.shape[-2:]
     ratio = max(width / w, height / h)
     size = (math.ceil(ratio * h), math.ceil(ratio * w))
+    if size[0] * size[1] > _MOST_COVERED * height * width:
+        raise ValueError(f"frames of {h}x{w} are too long and narrow to cut {height}x{width} out of; cut them before")
     frames = F.interpolate(frames, size, mode="bilinear", align_corners=False, antialias=True)
     top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
     return frames[..., top : top + height, left : left + width]

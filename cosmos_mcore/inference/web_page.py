@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_mcore.inference.arguments import add_model_arguments
+from cosmos_mcore.inference.arguments import add_model_arguments, stay_offline
 from cosmos_mcore.inference.main import adapted_config, check_decoder, find_model, load_pipeline, prompt_source
 from cosmos_mcore.model.presets import check_arch_layout
 from cosmos_mcore.parallel.command_line import configure_logging
@@ -51,6 +51,9 @@ def main(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
     if world_size() > 1:
         raise ValueError("the page runs in one process: start it with python, not with torchrun")
+    if not 0 < args.port < 2**16:
+        raise ValueError(f"--port {args.port} must lie between 1 and {2**16 - 1}")
+    stay_offline()
     _import_gradio()
     configure_logging()
     from cosmos_mcore.inference import assemble
@@ -167,6 +170,7 @@ def _serve(page: Any, host: str, port: int) -> None:
 def _import_gradio() -> Any:
     # Read when gradio is imported, or a page made: nothing about anybody leaves this machine or stays in the browser.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ.update(NO_PROXY="*", no_proxy="*")  # Gradio looks whether its page is there, which a proxy cannot say
     try:
         import gradio
     except ImportError:

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from cosmos_mcore.config import RunConfig, load_config
+
 if TYPE_CHECKING:  # a mistake on the command line is told before torch is loaded
     import torch
 
-PART_HELP = "I/N: this process does the I-th of N equal parts, from 0; default: torchrun's"
+
+def read_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, RunConfig, tuple[int, int]]:
+    """Adds the arguments that name a config and a part of the work, and reads them all.
+
+    Returns:
+        All arguments, the config, and which part this process does, 0 based, and of how many.
+
+    Raises:
+        ValueError: for a user's mistake.
+    """
+    parser.add_argument("config", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces keys of the file")
+    parser.add_argument("--part", help="I/N: this process does the I-th of N equal parts, from 0; default: torchrun's")
+    args = parser.parse_intermixed_args(arguments)
+    return args, load_config(args.config, args.overrides), part_of(args.part)
 
 
 def part_of(text: str | None) -> tuple[int, int]:

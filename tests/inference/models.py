@@ -29,3 +29,14 @@ def text_model_weights(arch) -> dict[str, torch.Tensor]:
         if "cross_attention.w" in name:
             tensor.normal_(std=2 * tensor.size(-1) ** -0.5, generator=torch.Generator().manual_seed(len(name)))
     return weights
+
+
+def write_guardrail(folder) -> None:
+    """A package ``cosmos_guardrail`` without weights, which says whether the hub's package may download any."""
+    folder.mkdir()
+    (folder / "cosmos_guardrail.py").write_text(
+        "import huggingface_hub\n\n\n"
+        "class CosmosSafetyChecker:\n"
+        "    def __init__(self):\n"
+        "        raise OSError(f'hub offline: {huggingface_hub.constants.HF_HUB_OFFLINE}')\n"
+    )

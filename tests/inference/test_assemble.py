@@ -1,9 +1,12 @@
 """Which config a checkpoint stands for."""
 
 import pytest
+import torch
 
 from cosmos_mcore.config import RunConfig, derive_video_layout, validate
-from cosmos_mcore.inference.assemble import find_run_config, released_config, share_over_processes
+from cosmos_mcore.inference.assemble import find_run_config, load_pipeline, released_config, share_over_processes
+from cosmos_mcore.model.presets import resolve_arch
+from tests.inference.models import NO_GROUP
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,13 @@ def test_any_training_layout_becomes_tensor_parallelism():
     shared = share_over_processes(config, 4).parallel
     assert (shared.tensor_model_parallel_size, shared.pipeline_model_parallel_size) == (4, 1)
     assert not shared.sequence_parallel
+
+
+def test_eight_bits_are_refused_where_the_gpu_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    config = RunConfig()
+    with pytest.raises(
+        ValueError, match=r"--fp8 needs a GPU of compute capability 8\.9 or newer, which an A100 is not"
+    ):
+        load_pipeline(config, resolve_arch(config.model), tmp_path, torch.device("cuda"), NO_GROUP, fp8=True)

@@ -1,6 +1,7 @@
 """The inputs of a command line: a bad one is reported and left out, and never touches its neighbours."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,17 @@ def test_a_batch_file_names_outputs_by_line(tmp_path):
     items = read_batch_file(file, False, failures)
     assert [(str(item.source), item.name) for item in items] == [("a/clip.mp4", "0"), ("b/clip.mp4", "6")]
     assert [line.split(": ")[0].rpartition(" ")[2] for line in failures.lines] == ["3", "4", "5", "6"]
+
+
+def test_lines_end_where_a_file_s_do_and_hold_whole_characters(tmp_path):
+    file, prompt = tmp_path / "batch.jsonl", "rain\u2028and\x85sun"
+    good = json.dumps({"visual_input": "clip.mp4", "prompt": prompt}, ensure_ascii=False)
+    halves = [json.dumps({"visual_input": "\ud800"}), json.dumps({"visual_input": "clip.mp4", "prompt": "\ud800"})]
+    file.write_text("\n".join([good, *halves, good]), encoding="utf-8-sig")
+    failures = Failures()
+    clip = Path("clip.mp4")
+    assert read_batch_file(file, True, failures) == [Item(clip, "0", prompt), Item(clip, "3", prompt)]
+    assert [line.split(": ")[0].rpartition(" ")[2] for line in failures.lines] == ["2", "3"]
 
 
 def test_lines_have_prompts_where_the_model_reads_text(tmp_path, caplog):
@@ -68,6 +80,17 @@ def test_groups_hold_what_can_be_generated_together(tmp_path):
     ]
     assert [line.split(":")[0] for line in failures.lines] == ["1", "3", "6"]
     assert "has 3 frames, but 9 are needed" in failures.lines[0]
+
+
+def test_nothing_to_generate_is_a_matter_of_each_input(tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 20)).save(picture)
+    items = [Item(video(tmp_path / "good.mp4", 12), "0"), Item(picture, "1"), Item(Path("a" * 300), "2")]
+    failures = Failures()
+    ((group, clips),) = read_batches(items, replace(WANTED, made_frames=5), 2, failures)
+    assert ([item.name for item in group], clips.size(2)) == (["1"], 1)
+    assert failures.lines[0] == "0: --num_frames 5 leaves nothing to generate after 9 given frames"
+    assert failures.lines[1].startswith("2: there is no file aaa")
 
 
 def test_a_single_input_s_mistake_ends_everything(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from cosmos_mcore.checkpoint.names import original_shapes
 from cosmos_mcore.config import RunConfig, to_yaml
 from cosmos_mcore.inference import main as command
+from cosmos_mcore.inference.inputs import Item
 from cosmos_mcore.inference.video_io import write_mp4
 from cosmos_mcore.model.init import initial_tensor
 from cosmos_mcore.model.presets import resolve_arch
@@ -53,9 +55,19 @@ def facts(path):
         return sum(1 for _ in container.decode(stream)), float(stream.average_rate), stream.height, stream.width
 
 
-def generate(folder, *more):
+def generate(folder, *more, **env):
     script = [sys.executable, "examples/generate_video.py", *arguments(folder, *more)]
-    return subprocess.run(script, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    return subprocess.run(script, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=240)
+
+
+BLOCKS_THE_FOURTH = """
+class CosmosSafetyChecker:
+    video_guardrail, seen = None, 0
+
+    def check_video_safety(self, frames):
+        self.seen += 1
+        return None if self.seen == 4 else frames
+"""
 
 
 def test_the_original_s_line_with_its_flags(folder, tmp_path):
@@ -79,18 +91,23 @@ def test_the_original_s_line_with_its_flags(folder, tmp_path):
 
 
 def test_a_batch_on_two_processes_goes_on_past_bad_inputs(folder, tmp_path):
+    package = tmp_path / "cosmos_guardrail.py"
+    package.write_text(BLOCKS_THE_FOURTH)
     batch, made = tmp_path / "batch.jsonl", tmp_path / "made"
     names = ["clip.mp4", "missing.mp4", "sound.wav", "short.mp4", "picture.webp", "clip.mp4"]
     batch.write_text("".join(json.dumps({"visual_input": str(folder / name)}) + "\n" for name in names))
-    more = ["--batch_input_path", batch, "--video_save_folder", made, "--disable_guardrail", "--num_gpus", "2"]
-    done = generate(folder, *more, "--num_samples", "2", "--seed", "5")
+    more = ["--batch_input_path", batch, "--video_save_folder", made, "--num_gpus", "2", "--num_samples", "2"]
+    done = generate(folder, *more, "--seed", "5", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     assert done.returncode == 2, done.stderr[-3000:]
-    assert sorted(path.name for path in made.iterdir()) == [f"{n}_{k}.mp4" for n in (0, 4, 5) for k in (0, 1)]
+    assert sorted(path.name for path in made.iterdir()) == [
+        f"{name}.mp4" for name in ("0_0", "0_1", "4_0", "5_0", "5_1")
+    ]
     assert facts(made / "0_0.mp4") == (17, 12, 32, 48)
     assert facts(made / "4_0.mp4") == (17, 25, 32, 48)
     assert (made / "0_1.mp4").read_bytes() == (made / "5_1.mp4").read_bytes()
     assert (made / "0_0.mp4").read_bytes() != (made / "0_1.mp4").read_bytes()
-    assert "3 of 6 inputs gave no video" in done.stdout
+    assert "error: 4_1: the guardrail blocks this video" in done.stdout
+    assert "7 of 12 videos were not written" in done.stdout
     assert done.stdout.count("error: 1: ") == 1, "told once, not by every process"
 
 
@@ -115,7 +132,9 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch):
         ([*clip, "--video_save_name", "a/b"], "must be a name"),
         ([*clip, "--num_frames", 9], "leaves nothing to generate"),
         ([*clip, "--num_samples", 9], "at most 8"),
-        ([*clip, "--fps", 0], "must be more than 0"),
+        ([*clip, "--fps", 0], "--fps 0.0 must lie between 0.01 and 1000"),
+        ([*clip, "--fps", "nan"], "--fps nan must lie between"),
+        ([*clip, "--video_save_name="], "must be a name"),
         ([*clip, "--seed", -1], "--seed -1"),
         ([*clip, "--top_p", 2], "top_p=2.0 must lie between"),
         ([*clip, "--height", 40], "data.height=40 must be a multiple of 16"),
@@ -132,6 +151,15 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch):
         assert message in str(error.value)
         assert "\n" not in str(error.value)
     assert list(made.iterdir()) == []
+
+
+def test_what_cannot_be_written_in_the_end_is_one_line(folder, tmp_path):
+    (tmp_path / "made.mp4").mkdir()
+    result = command._Result(Item(folder / "clip.mp4", "made"), "made", None, None, None)
+    args = SimpleNamespace(fps=None, video_save_folder=str(tmp_path))
+    with pytest.raises(ValueError, match=f"made cannot be written to {tmp_path}: Is a directory"):
+        command._write(args, RunConfig(), result, torch.zeros(3, 2, 32, 48))
+    assert [path.name for path in tmp_path.iterdir()] == ["made.mp4"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

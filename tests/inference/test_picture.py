@@ -91,6 +91,12 @@ def test_gif_repeats_and_keeps_colours(tmp_path):
     assert (colours[0], colours[-1]) == ((200, 0, 0), (0, 150, 0))
 
 
+def test_fast_gifs_stay_as_fast_as_browsers_show(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (4, 16, 20, 3), np.uint8)
+    with Image.open(write_gif(tmp_path / "fast.gif", frames, 60)) as image:
+        assert (image.n_frames, image.info["duration"]) == (4, 20)
+
+
 def write_metrics(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"iteration": 9, "lm lo')
     return path

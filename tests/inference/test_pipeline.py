@@ -160,6 +160,7 @@ def test_the_diffusion_decoder_makes_the_frames(clips, decoder):
         assert torch.equal(video.ids[1][:2], HaarTokenizer(25).encode(video.video[None, :, 16:25])[0].long())
         second = decoder.decode(video.ids[1], seed=seed + 2**32)
         assert torch.equal(video.video[:, 25:], second[:, 9:14])
+        assert not torch.equal(second, decoder.decode(video.ids[1], seed=seed))
     expected = decoder.decode(HaarTokenizer(25).encode(clips[:1])[0], seed=5)
     assert torch.equal(pipeline.round_trip(clips[:1], seed=5)[0], expected)
 

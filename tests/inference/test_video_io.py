@@ -130,6 +130,14 @@ def test_a_photo_taken_sideways_is_turned_upright(tmp_path):
     assert result[36:].mean() < -0.9
 
 
+def test_an_image_far_from_the_shape_costs_no_memory(tmp_path):
+    Image.new("RGB", (1, 10000)).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match="frames of 10000x1 are too long and narrow to cut 640x1024 out of"):
+        read_conditioning(tmp_path / "line.png", 1, 640, 1024)
+    Image.new("RGB", (800, 20)).save(tmp_path / "panorama.png")
+    assert read_conditioning(tmp_path / "panorama.png", 1, 64, 128).shape == (1, 3, 1, 64, 128)
+
+
 @pytest.mark.parametrize("name", ["image.png", "video.mp4"])
 def test_missing_and_damaged_files_are_one_clear_error(tmp_path, name):
     with pytest.raises(ValueError, match=f"there is no file .*{name}"):

@@ -152,12 +152,21 @@ def test_a_model_that_reads_text_is_told_the_prompt(uploads, tmp_path, monkeypat
     assert unknown.message == "error: there is no text encoder"
 
 
-def test_who_leaves_early_does_not_hold_up_the_next_one(studio, uploads):
-    first = studio.continue_upload(str(uploads / "clip.mp4"), "", 100, 1.0, 0.8, 0)
+def test_who_leaves_early_does_not_hold_up_the_next_one(studio, pipeline, uploads, monkeypatch):
+    finished, generate = [], pipeline.continue_videos
+
+    def watched(given, options, seeds, *more):
+        made = generate(given, options, seeds, *more)
+        finished.extend(seeds)
+        return made
+
+    monkeypatch.setattr(pipeline, "continue_videos", watched)
+    first = studio.continue_upload(str(uploads / "clip.mp4"), "", 100, 1.0, 0.8, 1)
     next(first), next(first)
     first.close()
-    *_, last = studio.continue_upload(str(uploads / "clip.mp4"), "", 25, 1.0, 0.8, 0)
+    *_, last = studio.continue_upload(str(uploads / "clip.mp4"), "", 25, 1.0, 0.8, 2)
     assert last.video is not None
+    assert finished == [2], "the first one's work has ended"
 
 
 def test_any_other_error_is_one_line_too(studio, pipeline, uploads, monkeypatch):

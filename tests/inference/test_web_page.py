@@ -1,5 +1,6 @@
 """The page in a real browser, served by a real process, on the tiny model."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,11 +17,12 @@ from cosmos_mcore.config import RunConfig, to_yaml
 from cosmos_mcore.inference import assemble
 from cosmos_mcore.inference.sampling import SamplingOptions
 from cosmos_mcore.inference.video_io import read_conditioning, write_mp4
-from cosmos_mcore.inference.web_page import build_page
+from cosmos_mcore.inference.web_page import build_page, main
 from cosmos_mcore.model.init import initial_tensor
 from cosmos_mcore.model.presets import resolve_arch
 from cosmos_mcore.parallel.initialize import shut_down
 from tests.checkpoint.models import save_model
+from tests.inference.models import write_guardrail
 from tests.processes import ROOT, environment, free_port
 from tests.videos import moving_square, write_test_clip
 
@@ -71,13 +73,16 @@ def url(folder, tmp_path_factory):
     script = [sys.executable, "examples/demo_app.py", "--checkpoint", str(folder / "tiny"), "--port", str(port)]
     uploads = tmp_path_factory.mktemp("uploads")
     with log.open("w") as output:
-        env = environment(GRADIO_TEMP_DIR=str(uploads))
+        write_guardrail(uploads / "packages")
+        path, nowhere = f"{ROOT}{os.pathsep}{uploads / 'packages'}", f"http://127.0.0.1:{free_port()}"
+        env = environment(GRADIO_TEMP_DIR=str(uploads), PYTHONPATH=path, http_proxy=nowhere, HTTP_PROXY=nowhere)
         process = subprocess.Popen(script, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 120
         while "the page is at" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
+        assert "(OSError: hub offline: True)" in log.read_text()
         yield re.search(r"the page is at (\S+)", log.read_text())[1]
         assert "Traceback" not in log.read_text(), log.read_text()
     finally:
@@ -138,6 +143,12 @@ def test_only_models_that_read_text_get_a_prompt(reads_text):
     props = {part["props"].get("elem_id"): part["props"] for part in page.get_config_file()["components"]}
     assert props["prompt"]["visible"] is reads_text and props["prompt"]["value"] == ""
     assert props["frames"]["value"] == 33 and props["frames"]["maximum"] == 132
+
+
+@pytest.mark.parametrize("port", ["0", "65536"])
+def test_a_port_that_is_none_is_refused(port):
+    with pytest.raises(ValueError, match=f"--port {port} must lie between 1 and 65535"):
+        main(["--port", port])
 
 
 def test_mistakes_are_one_line_in_the_page(browser, url, folder):

@@ -17,6 +17,7 @@ GUIDANCE = 1.8
 _NUM_STEPS = 15
 _SIGMA_MAX, _SIGMA_MIN, _RHO = 80.0, 0.02, 7.0
 _DRAWS_BEFORE = 14
+_SPREAD = 0x9E3779B1  # odd: each clip's seed is another one
 
 
 def noise_levels() -> list[float]:
@@ -32,7 +33,8 @@ def c_noise(sigma: float) -> float:
 
 def noise_generator(seed: int) -> torch.Generator:
     """A CPU generator whose next normal numbers are the original's noise for this seed."""
-    generator = torch.Generator().manual_seed(seed)
+    # The generator looks at 32 bits, of which a seed has more in the later clips of a chain.
+    generator = torch.Generator().manual_seed((seed ^ (seed >> 32) * _SPREAD) % 2**32)
     # The original's conditioner draws before: whether to drop conditions, with the outcome always the same.
     torch.rand(1, generator=generator)
     for _ in range(_DRAWS_BEFORE):
