@@ -23,6 +23,7 @@ import numpy as np
 _OPEN_OPTIONS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 
+_INDEXED = ("mov,mp4", "avi")  # FFmpeg's names of the formats whose index has every frame, not keyframes only
 _COLOUR_SPACES = {1: "bt709", 2: "unspecified", 5: "bt601", 6: "bt601"}  # FFmpeg's AVColorSpace
 _COPY_RATE = 30  # frames per second of files that ``cut`` makes
 _H264_IDR = 5  # type of the units of a picture that nothing before it is needed for
@@ -65,6 +66,7 @@ class Mp4File:
         path: the file.
         num_frames: frames that the file's index promises. Nothing is decoded to count them, so a damaged file may
             still turn out to have fewer.
+        rate: frames per second on average; None where the file does not say.
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = math.inf) -> None:
@@ -84,6 +86,12 @@ class Mp4File:
             self._container = av.open(os.fspath(path), **_OPEN_OPTIONS)
         except (av.error.FFmpegError, OSError) as error:
             raise UnreadableVideoError(f"cannot be opened ({_reason(error)})") from error
+        kind = self._container.format.name
+        if not kind.startswith(_INDEXED):
+            self._container.close()
+            raise UnreadableVideoError(
+                f"is no MP4 file but {kind}, which has no index of its frames; convert it to MP4"
+            )
         streams = self._container.streams.video
         if not streams or not streams[0].codec_context:
             self._container.close()
@@ -93,6 +101,7 @@ class Mp4File:
         self._stream.codec_context.thread_count = 1
         # In decode order. What lies behind the end of a file that was cut off while copying does not count.
         self._entries = [entry for entry in self._stream.index_entries if entry.pos + entry.size <= size]
+        self.rate = self._stream.average_rate
         self.num_frames = sum(not entry.is_discard for entry in self._entries)
 
     def __enter__(self) -> Mp4File:

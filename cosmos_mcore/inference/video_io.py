@@ -7,7 +7,6 @@ import math
 import os
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -95,8 +94,8 @@ def frame_rate(path: str | os.PathLike[str], frame_stride: int = 1) -> float:
     """Frames per second of a video of which every ``frame_stride``-th frame is taken; for an image, 25."""
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
         return DEFAULT_FPS
-    with av.open(os.fspath(path)) as container:
-        return float(container.streams.video[0].average_rate or DEFAULT_FPS) / frame_stride
+    with Mp4File(path) as file:
+        return float(file.rate or DEFAULT_FPS) / frame_stride
 
 
 def cover(frames: Tensor, height: int, width: int) -> Tensor:

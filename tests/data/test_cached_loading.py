@@ -155,8 +155,9 @@ def test_mistakes(videos, tmp_path):
     path = yaml_of(config, tmp_path)
     with pytest.raises(ValueError, match="give --output FOLDER"):
         main([path])
-    with pytest.raises(ValueError, match="--part 3/3 must be I/N"):
-        main([path, "--output", str(tmp_path / "c"), "--part", "3/3"])
     assert main([path, "--output", str(tmp_path / "c")]) == 0
+    with pytest.raises(ValueError, match="--part 3/3 must be I/N"):
+        main([path, "--output", str(tmp_path / "d"), "--part", "3/3", "--merge", str(tmp_path / "c")])
+    assert not (tmp_path / "d").exists()
     with pytest.raises(ValueError, match=r"was made with data\.num_frames=9, this run has data\.num_frames=1\b"):
         main([path, "--output", str(tmp_path / "c"), "data.num_frames=1", "model.num_condition_latents=0"])

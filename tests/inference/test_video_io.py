@@ -94,6 +94,30 @@ def test_a_video_is_resized_to_cover_and_cut(tmp_path):
     assert result.dtype == torch.float32
 
 
+def test_the_rate_of_a_file_whose_tags_are_not_text(tmp_path):
+    with av.open(str(tmp_path / "video.mp4"), "w") as container:
+        container.metadata["title"] = "XXXXX"
+        stream = container.add_stream("libx264", rate=12, width=32, height=32)
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    content = (tmp_path / "video.mp4").read_bytes()
+    (tmp_path / "latin.mp4").write_bytes(content.replace(b"XXXXX", b"caf\xe9s"))
+    assert content.count(b"XXXXX") == 1 and frame_rate(tmp_path / "latin.mp4") == 12
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "gif"])
+def test_a_file_without_an_index_of_its_frames_is_refused(tmp_path, suffix):
+    codec, pixels = {"mkv": ("libx264", "yuv420p"), "gif": ("gif", "rgb8")}[suffix]
+    with av.open(str(tmp_path / f"video.{suffix}"), "w") as container:
+        stream = container.add_stream(codec, rate=12, width=32, height=32, pix_fmt=pixels)
+        for _ in range(12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    with pytest.raises(ValueError, match=f"video.{suffix} is no MP4 file but .*; convert it to MP4"):
+        read_conditioning(tmp_path / f"video.{suffix}", 1, 32, 32)
+
+
 def test_a_short_video_is_refused(tmp_path):
     path = write_mp4(tmp_path / "video.mp4", smooth_video(5), 24)
     with pytest.raises(ValueError, match="has 5 frames, but 9 are needed"):
