@@ -68,7 +68,7 @@ class EmbeddingCache:
         None if there is none. A damaged one counts as none, and is removed, so that it will be made again.
 
         Raises:
-            ValueError: if the file system does not let it be read.
+            ValueError: if the file system does not let it be read, or the folder does not say whose embeddings it has.
         """
         import torch
 
@@ -145,8 +145,13 @@ class EmbeddingCache:
 
         if self._encoder is None:
             self._encoder = self._read_encoder()  # another process may have begun the folder meanwhile
+        if self._encoder is None:
+            raise ValueError(
+                f"{self.folder} has embeddings but no {_SETTINGS}, which says whose they are; copy that file, too, or "
+                "name another folder"
+            )
         checksum = zlib.crc32(rows.contiguous().view(torch.uint8).numpy().data)
-        return {"prompt": prompt, _ENCODER: str(self._encoder), "crc32": f"{checksum:08x}"}
+        return {"prompt": prompt, _ENCODER: self._encoder, "crc32": f"{checksum:08x}"}
 
     def _write(self, prompt: str, rows: Tensor) -> None:
         from safetensors.torch import save

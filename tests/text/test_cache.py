@@ -79,6 +79,15 @@ def test_another_encoders_embeddings_are_refused(tmp_path):
     assert other.read("rain") is None and other.read("sun") is not None
 
 
+def test_a_folder_that_does_not_say_whose_it_is_loses_nothing(tmp_path):
+    EmbeddingCache(tmp_path).embed(["rain"], DrawnEncoder)
+    (tmp_path / "embeddings.json").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"has embeddings but no embeddings\.json, .*; copy that file, too"):
+        EmbeddingCache(tmp_path).read("rain")
+    (tmp_path / "elsewhere").rename(tmp_path / "embeddings.json")
+    assert EmbeddingCache(tmp_path).read("rain") is not None
+
+
 @given(data=st.data())
 def test_a_damaged_file_is_never_read_as_good(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("cache")
