@@ -65,9 +65,9 @@ format: $(DEV) ## put the code in order
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: setup ## the benchmarks that need no GPU (those named gpu_* do)
-	@set -e; for script in $(filter-out benchmarks/gpu_% benchmarks/__init__.py,$(wildcard benchmarks/*.py)); do \
-	  echo "$$script"; $(RUN) $$script; done
+bench: $(STAMP) ## the benchmarks that need no GPU (24 GB of disk); DATA=folder measures the tokenizer on your MP4 files, too
+	$(RUN) benchmarks/convert.py
+	$(RUN) benchmarks/tokenizer_psnr.py $(if $(DATA),'$(DATA)')
 
 clean: ## remove the environment, caches and the demo's output; checkpoints stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info outputs/demo

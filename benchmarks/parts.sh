@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# For the gpu_*.sh beside it, sourced by them: several commands, of which one that fails is named and the others go on.
+# For the other scripts beside it, sourced by them: several commands, of which one that fails is named and the others go on.
 # "$1" is the folder for what the commands print; by default it is called after the script.
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH="$PWD"

@@ -1,6 +1,6 @@
 """How much of a video survives a tokenizer? PSNR of encode and decode, per file and for clips of moving shapes.
 
-    python benchmarks/tokenizer_psnr.py VIDEOS... [--tokenizer haar] [--height 384] [--width 640] [--pictures FOLDER]
+    python benchmarks/tokenizer_psnr.py [VIDEOS...] [--tokenizer haar] [--height 384] [--width 640] [--pictures FOLDER]
 
 Takes the first 33 frames of each file. PSNR is over the RGB values of all frames, and of frames 0, 8, 16, ... only,
 against the resized frames.
@@ -62,7 +62,7 @@ def measure(config: RunConfig, device: torch.device, pictures: Path | None) -> N
 def main() -> None:
     """Reads the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("videos", nargs="+", help="MP4 files or folders")
+    parser.add_argument("videos", nargs="*", help="MP4 files or folders, measured before the moving shapes")
     parser.add_argument("--tokenizer", default="haar")
     parser.add_argument("--tokenizer-path", help="folder with the tokenizer's weights")
     parser.add_argument("--height", type=int, default=384)
@@ -78,8 +78,9 @@ def main() -> None:
     one_per_file = {"num_frames": 33, "start_frame_interval": 2**31}
     print(f"{arguments.tokenizer} on {device.type}")
     print(f"{'clip':20s} {'PSNR':>6s} {'every 8th':>10s} {'distinct ids':>17s} {'enc s':>6s} {'dec s':>6s}")
-    data = DataConfig(arguments.videos, arguments.height, arguments.width, **one_per_file)
-    measure(RunConfig(tokenizer=tokenizer, data=data), device, arguments.pictures)
+    if arguments.videos:
+        data = DataConfig(arguments.videos, arguments.height, arguments.width, **one_per_file)
+        measure(RunConfig(tokenizer=tokenizer, data=data), device, arguments.pictures)
     with TemporaryDirectory() as folder:
         make_shape_clips(folder, num_clips=6)
         data = DataConfig(folder, 96, 160, **one_per_file)

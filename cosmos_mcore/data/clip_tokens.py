@@ -79,7 +79,7 @@ class ClipTokens:
         """
         if clip.content is not None:
             raise UnreadableVideoError("only its ids are kept")
-        return normalize(self._decoder.decode(clip).to(self._device))
+        return normalize(self._frames(clip))
 
     def close(self) -> None:
         """Ends the decoder and closes the cache's files."""
@@ -91,12 +91,17 @@ class ClipTokens:
         if next(self._made) % _TRIM_INTERVAL == 0:
             _release_memory()
         with self._on_stream():
-            frames = self._decoder.decode(clip).to(self._device)
-            if self._stream is not None:
-                frames.record_stream(self._stream)  # GPU decoders make them on a stream of their own
-            ids: Tensor = self._tokenizer.encode(normalize(frames).unsqueeze(0)).squeeze(0)
+            ids: Tensor = self._tokenizer.encode(normalize(self._frames(clip)).unsqueeze(0)).squeeze(0)
             assert tuple(ids.shape) == self._layout.latent_shape, (ids.shape, self._layout.latent_shape)
             return ids.flatten().cpu().numpy().astype(np.uint16)  # this thread waits for the GPU; training does not
+
+    def _frames(self, clip: Clip) -> Tensor:
+        """Frames [T, 3, H, W] uint8 on the device, for this thread's stream."""
+        frames = self._decoder.decode(clip).to(self._device)
+        if frames.is_cuda:
+            # GPU decoders make them on a stream of their own, and would use the memory again at once.
+            frames.record_stream(torch.cuda.current_stream(self._device))
+        return frames
 
     def _on_stream(self) -> Any:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -225,6 +226,10 @@ def _create(folder: Path, settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-    yield temporary
-    os.replace(temporary, path)
+    # Not the process's number: on several nodes, and in containers above all, many have the same.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.incomplete")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import secrets
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,7 +139,7 @@ def write_manifest(folder: Path, index: ClipIndex) -> tuple[int, int]:
     for notes in sorted(folder.glob("dropped-*.json")):
         reasons |= json.loads(notes.read_text())
     kept = 0
-    temporary = folder / f"{MANIFEST}.{os.getpid()}.incomplete"
+    temporary = folder / f"{MANIFEST}.{secrets.token_hex(8)}.incomplete"
     with open(temporary, "w") as file:
         for clip in index.clips:
             content = contents.get(os.path.abspath(clip.path))

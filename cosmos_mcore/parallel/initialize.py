@@ -68,17 +68,8 @@ def _make_groups(timeout: timedelta) -> None:
     Through gloo, on CPUs: the loader's threads send ids while training has the GPUs and their groups for itself.
     """
     global _replica_group, _control_group
-    _replica_group = new_replica_group(timeout)
-    _control_group = dist.new_group(timeout=timeout, backend=_host_backend())
-
-
-def _host_backend() -> str | None:
     # In a dry run, one process plays all ranks and has no one to talk to.
-    return None if dist.get_backend() == "fake" else "gloo"
-
-
-def new_replica_group(timeout: timedelta) -> dist.ProcessGroup:
-    """Another group of this rank's replica, for the threads of one loader. All ranks."""
+    backend = None if dist.get_backend() == "fake" else "gloo"
     # Megatron numbers ranks with TP fastest, then CP, then DP, then PP.
     inner = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
     replicas = data_parallel_world_size()
@@ -86,10 +77,10 @@ def new_replica_group(timeout: timedelta) -> dist.ProcessGroup:
     assert replica_of[dist.get_rank()] == data_parallel_rank()
     for replica in range(replicas):
         members = [rank for rank, of in enumerate(replica_of) if of == replica]
-        group = dist.new_group(members, timeout, backend=_host_backend())
+        group = dist.new_group(members, timeout, backend=backend)
         if replica_of[dist.get_rank()] == replica:
-            mine = group
-    return mine
+            _replica_group = group
+    _control_group = dist.new_group(timeout=timeout, backend=backend)
 
 
 def control_group() -> dist.ProcessGroup:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +94,8 @@ def set_up(config: RunConfig) -> Run:
     chunks, model, optimizer = build_trainable(config, arch, layout, device)
     progress = load_start(config, arch, chunks, optimizer)
     loader = _loader(
-        config, index, _sampler(config, index), tokenizer, arch, layout, device, groups.replica_group(),
-        progress.consumed_samples,
-    )  # fmt: skip
+        config, index, _sampler(config, index), tokenizer, arch, layout, device, progress.consumed_samples
+    )
     validation = _validation_loader(config, tokenizer, arch, layout, device)
     return Run(config, arch, layout, device, loader, chunks, model, optimizer, progress, tokenizer, validation)
 
@@ -112,8 +110,7 @@ def _validation_loader(
     index = _shared_index(config.data, arch.text_to_video)
     length = eval_iters(config, len(index.clips)) * config.training.global_batch_size
     sampler = RoundSampler(len(index.clips), config.training.seed, length)
-    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    return _loader(config, index, sampler, tokenizer, arch, layout, device, groups.new_replica_group(timeout))
+    return _loader(config, index, sampler, tokenizer, arch, layout, device)
 
 
 def eval_iters(config: RunConfig, num_clips: int) -> int:
@@ -129,7 +126,6 @@ def _loader(
     arch: ModelArch,
     layout: VideoLayout,
     device: torch.device,
-    group: dist.ProcessGroup,
     consumed_samples: int = 0,
 ) -> ClipLoader:
     return ClipLoader(
@@ -140,7 +136,7 @@ def _loader(
         layout,
         data_parallel_rank=groups.data_parallel_rank(),
         data_parallel_size=groups.data_parallel_world_size(),
-        replica_group=group,
+        replica_group=groups.replica_group(),
         device=device,
         consumed_samples=consumed_samples,
         embeddings=EmbeddingCache(prompt_cache_dir(config)) if arch.text_to_video else None,

@@ -91,6 +91,7 @@ class Trainer:
         self.callbacks: Sequence[Callback] = ()
         if dist.get_rank() == 0:
             self.callbacks = default_callbacks(run.config) if callbacks is None else callbacks
+        self._failing: set[Callback] = set()
         self.resumed_from = self.progress.iteration or None
         self.skipped_iterations = 0
         self.watch = StopWatch()
@@ -125,8 +126,7 @@ class Trainer:
             for part in (self.teacher_forcing, self.samples, self.run.validation, self.run.loader):
                 if part is not None:
                     part.close()
-            for callback in self.callbacks:
-                callback.on_train_end()
+            self._tell(lambda callback: callback.on_train_end())
         if reason:
             logger.info("stopped by %s after iteration %d; everything is saved", reason, self.progress.iteration)
         return reason
@@ -255,9 +255,19 @@ class Trainer:
             if stop or not missing:
                 return Reason(stop)
 
-    def _saved(self, iteration: int, path: Path) -> None:
+    def _tell(self, call: Callable[[Callback], None]) -> None:
+        """Tells every callback; a disk that is full or gone costs what they write, not the run."""
         for callback in self.callbacks:
-            callback.on_save(iteration, path)
+            try:
+                call(callback)
+                self._failing.discard(callback)
+            except OSError as error:
+                if callback not in self._failing:  # said once, not at every step
+                    logger.warning("%s cannot write (%s); training goes on", type(callback).__name__, error)
+                self._failing.add(callback)
+
+    def _saved(self, iteration: int, path: Path) -> None:
+        self._tell(lambda callback: callback.on_save(iteration, path))
 
     def _sampled(self, iteration: int, strip: Path) -> None:
         for callback in self.callbacks:
@@ -300,8 +310,7 @@ class Trainer:
             validation=validation,
         )
         self.resumed_from = None
-        for callback in self.callbacks:
-            callback.on_report(report)
+        self._tell(lambda callback: callback.on_report(report))
 
     def _gather_skipped(self) -> list[SkippedFile]:
         """Files that any rank found unusable since the last report, each once in a run, on every rank."""

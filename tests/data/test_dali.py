@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -68,6 +69,44 @@ def test_pixels_agree_with_pyav(vp9, decoder, tmp_path):
         assert found.shape == expected.shape == (numbers[2], 3, 96, 160)
         assert difference(found, expected) < 2
     assert both[0].on_cpu == 0
+
+
+def wave(number, height, width):
+    rows, columns = np.mgrid[:height, :width]
+    planes = (np.sin(columns / 5 + number / 3), np.cos(rows / 7), np.sin((rows + columns) / 9))
+    return (127 + 100 * np.stack(planes, -1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [(191, 319), (97, 161), (33, 35), (63, 701), (701, 63)])
+def test_odd_sizes_are_scaled_as_by_pyav(decoder, tmp_path, size):
+    """Widths are odd, since FFmpeg's scaler then spreads the colours as DALI does, and nothing but the scaling differs."""
+    clip = Clip(str(write_test_clip(tmp_path / "clip.mp4", 3, *size, draw=wave, **VP9)), 0, 1, 3)
+    one = decoder()
+    found, expected = one.decode(clip), PyAVDecoder(DataConfig(height=96, width=160)).decode(clip)
+    assert one.on_cpu == 0
+    assert (found.int() - expected.int()).abs().max() <= 2 and difference(found, expected) < 0.05
+
+
+def test_a_file_whose_frames_change_their_size(decoder, tmp_path):
+    """DALI knows the size of the first frame only; PyAV that of each."""
+    parts = [write_test_clip(tmp_path / f"{height}.mp4", 9, height, 160, draw=wave, **VP9) for height in (96, 144)]
+    both = tmp_path / "both.mp4"
+    with av.open(str(both), "w") as output:
+        copies = 0
+        for part in parts:
+            with av.open(str(part)) as source:
+                stream = output.streams.video[0] if copies else output.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.dts is not None:
+                        packet.pts = packet.dts = copies
+                        packet.time_base, packet.stream = Fraction(1, 30), stream
+                        output.mux(packet)
+                        copies += 1
+    one = decoder()
+    expected = PyAVDecoder(DataConfig(height=96, width=160)).decode(Clip(str(both), 9, 1, 9))
+    assert torch.equal(one.decode(Clip(str(both), 9, 1, 9)), expected)
+    with pytest.raises(UnreadableVideoError, match="the frame size changes between frames 4 and 12"):
+        one.decode(Clip(str(both), 4, 1, 9))
 
 
 def test_exact_frames_many_at_once(vp9, decoder):

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -162,6 +164,14 @@ def test_where_it_lies(monkeypatch, tmp_path):
     assert cache_folder(config, {"a": 2}) == tmp_path / "c"
     config.data.token_cache = None
     assert cache_folder(config, {}) is None
+
+
+def test_processes_of_one_number_on_two_nodes_make_a_cache_at_once(tmp_path, monkeypatch):
+    written, replace = threading.Barrier(2), os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (written.wait(5), replace(*paths)))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: TokenCache(tmp_path / "cache", SETTINGS), range(2)))
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [token_cache.SETTINGS_FILE]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -17,9 +17,10 @@ from cosmos_mcore.checkpoint.pointer import complete_checkpoints, iteration_of, 
 from cosmos_mcore.checkpoint.resume import resume
 from cosmos_mcore.parallel.agreement import gather_to_all
 from cosmos_mcore.parallel.initialize import shut_down
+from cosmos_mcore.training import trainer as trainer_module
+from cosmos_mcore.training.callbacks import Callback
 from cosmos_mcore.training.saving import Saver
 from cosmos_mcore.training.stopping import StopRequests
-from cosmos_mcore.training.trainer import Trainer
 from tests.parallel.layout_worker import set_up_without_clips, train
 from tests.parallel.layouts import BASE, config_of
 
@@ -121,17 +122,32 @@ def damaged(run, log):
     }
 
 
+class FullDisk(Callback):
+    """Cannot write."""
+
+    def on_save(self, iteration, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def on_train_end(self):
+        self.on_save(0, None)
+
+
 def stopped_while_waiting(run):
-    """A request to stop ends a wait for clips that never come, and what has been trained is saved."""
+    """A request to stop ends a wait for clips that never come, and what has been trained is saved.
+
+    A callback that cannot write is named once, and changes nothing.
+    """
+    trainer_module.logger.warning = mock.Mock()
     run.loader.ready = lambda seconds=0.0: dist.get_rank() == 0 and not time.sleep(seconds)
     stops = StopRequests(run.checkpoints.parent, None)
     with stops.listening():
         if dist.get_rank() == 1:
             threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
-        trainer = Trainer(run, callbacks=[], stops=stops)
+        trainer = trainer_module.Trainer(run, callbacks=[FullDisk()], stops=stops)
         train(run, 1)
         reason = trainer.train()
-    return reason.name, iteration_of(latest_checkpoint(run.checkpoints)) == run.progress.iteration
+    warnings = [call.args[0] % call.args[1:] for call in trainer_module.logger.warning.call_args_list]
+    return reason.name, iteration_of(latest_checkpoint(run.checkpoints)) == run.progress.iteration, warnings
 
 
 def main(folder):

@@ -51,7 +51,12 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(results):
 
 
 def test_a_request_to_stop_ends_the_wait_for_clips(results):
-    assert results["stopped"] == ["SIGUSR1", True]
+    assert results["stopped"][:2] == ["SIGUSR1", True]
+
+
+def test_a_callback_that_cannot_write_is_named_once_and_ends_nothing(results):
+    (line,) = results["stopped"][2]
+    assert line == "FullDisk cannot write ([Errno 28] No space left on device); training goes on"
 
 
 def test_nothing_is_left_over(results):
