@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cosmos_mcore.config import load_config
 from cosmos_mcore.config.schema import RunConfig
+from cosmos_mcore.model.presets import PRESETS
 from cosmos_mcore.parallel.command_line import run_command
 from cosmos_mcore.training.plan import clip_of_tokens, parse_gpus, plans, table
 
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
     """Parses the arguments and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", required=True, help="count and memory of each, for example 8x80G")
-    parser.add_argument("--model", help="preset: 1b, 4b, 12b, 5b or 13b; default: the config's")
+    parser.add_argument("--model", help=f"preset: {', '.join(PRESETS)}; default: the config's")
     parser.add_argument("--tokens", type=int, help="tokens of a clip, about; default: the config's clip")
     parser.add_argument("--config", help="the run's YAML; default: FP8 with bf16 gradients and moments, 4 clips a GPU")
     parser.add_argument("--top", type=int, default=8, help="layouts to print")

@@ -20,6 +20,7 @@ from cosmos_mcore.config.values import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     TwoCounts,
 )
 
@@ -146,7 +147,7 @@ class TrainingConfig:
     train_iters: PositiveInt = 50000
     global_batch_size: PositiveInt = 1
     micro_batch_size: PositiveInt = 1
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     exit_duration_minutes: PositiveFloat | None = None  # from the start of the process until it saves and exits
     eval_interval: PositiveInt = 1000  # steps between two validations, if there is a data.validation_path
     eval_iters: PositiveInt = 10  # batches of a validation, always the same ones

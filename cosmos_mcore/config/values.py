@@ -26,6 +26,7 @@ class Rule:
 
 PositiveInt = Annotated[int, Rule("a whole number of at least 1", lambda value: value >= 1)]
 NonNegativeInt = Annotated[int, Rule("a whole number of at least 0", lambda value: value >= 0)]
+Seed = Annotated[int, Rule("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)]  # as NumPy's
 PositiveFloat = Annotated[float, Rule("a number above 0", lambda value: value > 0)]
 NonNegativeFloat = Annotated[float, Rule("a number of at least 0", lambda value: value >= 0)]
 Fraction = Annotated[float, Rule("a number from 0 to below 1", lambda value: 0 <= value < 1)]

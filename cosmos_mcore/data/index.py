@@ -249,6 +249,10 @@ def _find_groups(config: DataConfig) -> list[list[str]]:
         root = root.expanduser()
         if root.is_dir():
             paths = sorted(_walk(root, config), key=lambda path: os.path.relpath(path, root))
+            if not paths and is_cache(str(root)):
+                raise ValueError(f"data.path: {root} is a token cache, which cannot be one of several entries")
+            if not paths:
+                raise ValueError(f"data.path={root} holds no .mp4 file, searched recursively; put MP4 files there")
         elif not root.exists():
             raise ValueError(
                 f"data.path={root} does not exist ({root.absolute()}); set data.path to a folder with MP4 files"
@@ -259,8 +263,6 @@ def _find_groups(config: DataConfig) -> list[list[str]]:
             paths = [str(root)]
         groups.append([path for path in paths if path not in seen])  # maybe named alone and within its folder
         seen.update(paths)
-    if not seen:
-        raise ValueError(f"data.path={_shown(config)} holds no .mp4 file, searched recursively; put MP4 files there")
     return groups
 
 

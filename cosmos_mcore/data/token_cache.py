@@ -78,6 +78,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads((folder / SETTINGS_FILE).read_text()))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no token cache: it has no {SETTINGS_FILE}") from None
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{folder / SETTINGS_FILE} cannot be read ({error}); delete the token cache {folder}"

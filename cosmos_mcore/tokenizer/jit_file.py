@@ -10,6 +10,7 @@ import collections
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def read_jit_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except (
         zipfile.BadZipFile,
+        zlib.error,
+        UnicodeDecodeError,
         pickle.UnpicklingError,
         EOFError,
         KeyError,

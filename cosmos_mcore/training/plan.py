@@ -211,7 +211,11 @@ def plans(config: RunConfig, gpus: int, gpu_bytes: float) -> list[Plan]:
     """All layouts of ``config`` on ``gpus`` GPUs that fit into ``gpu_bytes`` each, fastest first.
 
     Global batch and model stay; tensor, pipeline, context parallelism, recomputation and micro-batch size vary.
+
+    Raises:
+        ValueError: if there is no such model, whatever the layout.
     """
+    resolve_arch(config.model)
     found = []
     for candidate in _candidates(config, gpus):
         try:

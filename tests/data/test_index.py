@@ -131,6 +131,12 @@ def test_list_of_paths(tmp_path):
     paths = [str(tmp_path / "y"), str(tmp_path / "x" / "2.mp4"), str(tmp_path / "x")]
     found = [os.path.relpath(path, tmp_path) for path in find_files(config(paths))]
     assert found == ["y/0.mp4", "x/2.mp4", "x/1.mp4"]
+    (tmp_path / "z").mkdir()
+    with pytest.raises(ValueError, match=r"/z holds no \.mp4 file"):
+        find_files(config([*paths, str(tmp_path / "z")]))
+    (tmp_path / "z" / "token_cache.json").touch()
+    with pytest.raises(ValueError, match="/z is a token cache, which cannot be one of several entries"):
+        find_files(config([*paths, str(tmp_path / "z")]))
 
 
 def test_links_are_followed_and_loops_end(tmp_path):

@@ -202,6 +202,8 @@ def test_merge(tmp_path):
     assert merge(tmp_path / "a", tmp_path / "c") == 2
     assert merge(tmp_path / "b", tmp_path / "c") == 2
     assert merge(tmp_path / "b", tmp_path / "c") == 0
+    with pytest.raises(ValueError, match=r"/d is no token cache: it has no token_cache\.json$"):
+        merge(tmp_path / "d", tmp_path / "c")
     check(tmp_path / "c", range(9))
     TokenCache(tmp_path / "d", {**SETTINGS, "data.height": 16}).close()
     with pytest.raises(ValueError, match=r"data\.height"):

@@ -109,6 +109,10 @@ def test_damaged_files(folder, tmp_path):
     path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
     with pytest.raises(ValueError, match="is damaged"):
         read_jit_weights(path)
+    names = whole.rindex(b"PK\x01\x02") + 46  # the table of contents ends with this entry's name
+    path.write_bytes(whole[:names] + b"\xff" + whole[names + 1 :])
+    with pytest.raises(ValueError, match=r"encoder\.jit is damaged"):
+        read_jit_weights(path)
     rewrite(folder / "encoder.jit", path, lambda name, data: data[:8] if name.endswith("/data/3") else data)
     with pytest.raises(ValueError, match="record 3 has 8 bytes"):
         read_jit_weights(path)

@@ -92,3 +92,5 @@ def test_command():
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and not result.stderr
     assert "fastest: parallel.tensor_model_parallel_size=" in result.stdout
+    result = subprocess.run([*command[:5], "5b"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and "error: model.preset=5b is unknown" in result.stderr
