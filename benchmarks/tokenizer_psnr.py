@@ -79,11 +79,11 @@ def main() -> None:
     print(f"{arguments.tokenizer} on {device.type}")
     print(f"{'clip':20s} {'PSNR':>6s} {'every 8th':>10s} {'distinct ids':>17s} {'enc s':>6s} {'dec s':>6s}")
     if arguments.videos:
-        data = DataConfig(arguments.videos, arguments.height, arguments.width, **one_per_file)
+        data = DataConfig(path=arguments.videos, height=arguments.height, width=arguments.width, **one_per_file)
         measure(RunConfig(tokenizer=tokenizer, data=data), device, arguments.pictures)
     with TemporaryDirectory() as folder:
         make_shape_clips(folder, num_clips=6)
-        data = DataConfig(folder, 96, 160, **one_per_file)
+        data = DataConfig(path=folder, height=96, width=160, **one_per_file)
         measure(RunConfig(tokenizer=tokenizer, data=data), device, arguments.pictures)
 
 

@@ -29,10 +29,6 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        assert os.environ["WORLD_SIZE"] == "1", "torchrun sets MASTER_PORT"
-        os.environ["MASTER_PORT"] = "0"  # torch picks a free port
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -41,6 +37,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
         cpu_mode.enable()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "MASTER_PORT" not in os.environ:
+            assert os.environ["WORLD_SIZE"] == "1", "torchrun sets MASTER_PORT"
+            os.environ["MASTER_PORT"] = "0"  # torch picks a free port
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             timeout=timeout,

@@ -93,9 +93,7 @@ def set_up(config: RunConfig) -> Run:
     tokenizer = build_tokenizer(config, device)
     chunks, model, optimizer = build_trainable(config, arch, layout, device)
     progress = load_start(config, arch, chunks, optimizer)
-    loader = _loader(
-        config, index, _sampler(config, index), tokenizer, arch, layout, device, progress.consumed_samples
-    )
+    loader = _loader(config, index, _sampler(config, index), tokenizer, arch, layout, device, progress.consumed_samples)
     validation = _validation_loader(config, tokenizer, arch, layout, device)
     return Run(config, arch, layout, device, loader, chunks, model, optimizer, progress, tokenizer, validation)
 

@@ -61,11 +61,11 @@ def read(file):
 class Command:
     """The training command in processes of its own; ``finish`` also checks that none of them lives on."""
 
-    def __init__(self, arguments, output_root, torchrun=0):
+    def __init__(self, arguments, output_root, torchrun=0, **variables):
         self.mark, self.folder = uuid.uuid4().hex, Path(output_root) / "tests" / "small" / "run"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
         command = [sys.executable, *launcher, str(MAIN), *map(str, arguments)]
-        env = environment(OUTPUT_ROOT=str(output_root), MARK=self.mark)
+        env = environment(OUTPUT_ROOT=str(output_root), MARK=self.mark, **variables)
         self.started = time.monotonic()
         # Files, not pipes: a process left behind would hold a pipe open.
         self.stdout, self.stderr = TemporaryFile("w+"), TemporaryFile("w+")  # noqa: SIM115  # noqa: SIM115 - as long as the process
@@ -100,8 +100,8 @@ def command(request, tmp_path):
     """Starts training commands; whatever they leave behind is killed after the test."""
     started = []
 
-    def start(*arguments, output_root=tmp_path / "out", torchrun=0):
-        started.append(Command(arguments, output_root, torchrun))
+    def start(*arguments, output_root=tmp_path / "out", torchrun=0, **variables):
+        started.append(Command(arguments, output_root, torchrun, **variables))
         return started[-1]
 
     yield start

@@ -33,10 +33,11 @@ def test_dry_run_of_four_processes_in_one(command, small_yaml, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_finds_the_checkpoint_to_resume(command, small_yaml, uninterrupted):
-    run = command(small_yaml, "--dry-run", output_root=uninterrupted.parents[2])
-    code, stdout, _ = run.finish()
-    assert code == 0
+def test_dry_run_of_any_number_of_processes_finds_the_checkpoint_to_resume(command, small_yaml, uninterrupted):
+    run = command(small_yaml, "--dry-run", output_root=uninterrupted.parents[2], WORLD_SIZE="4")
+    code, stdout, stderr = run.finish()
+    assert (code, stderr) == (0, "")
+    assert "4 = TP 2 x PP 1 x CP 1 x DP 2" in stdout
     assert f"resume from {uninterrupted / 'checkpoints' / 'iter_000000012'}" in stdout
 
 
