@@ -78,9 +78,7 @@ class DataConfig:
     decoder: Literal["auto", "pyav", "dali"] = "auto"
     num_workers: PositiveInt = 2  # decoding threads of each process (PyAV)
     prefetch_steps: PositiveInt = 4  # steps decoded and tokenized ahead of training
-    decode_timeout: PositiveFloat = (
-        60.0  # seconds until the decoding of a clip is given up; another takes its place
-    )
+    decode_timeout: PositiveFloat = 60.0  # seconds until the decoding of a clip is given up; another takes its place
     token_cache: NonEmptyStr | None = "auto"  # folder that keeps ids; auto: below the run's folder; null: nowhere
     token_cache_gb: PositiveFloat = 100.0  # its largest size; beyond it, what was used longest ago is deleted
     validation_path: NonEmptyStr | NonEmptyList | None = None  # videos that are never trained on; None: no validation

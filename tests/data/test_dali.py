@@ -79,7 +79,7 @@ def wave(number, height, width):
 
 @pytest.mark.parametrize("size", [(191, 319), (97, 161), (33, 35), (63, 701), (701, 63)])
 def test_odd_sizes_are_scaled_as_by_pyav(decoder, tmp_path, size):
-    """Widths are odd: FFmpeg then spreads colours as DALI does, so nothing but the scaling could differ."""
+    """Widths are odd: then both convert colours alike, so nothing but the scaling could differ."""
     clip = Clip(str(write_test_clip(tmp_path / "clip.mp4", 3, *size, draw=wave, **VP9)), 0, 1, 3)
     one = decoder()
     found, expected = one.decode(clip), PyAVDecoder(DataConfig(height=96, width=160)).decode(clip)
