@@ -206,7 +206,9 @@ def _of_config(config: RunConfig) -> Iterator[Finding]:
     fp8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FP8_CAPABILITY
     if config.precision.fp8 is not None and not (fp8 and _version("transformer_engine")):
         yield Finding("precision.fp8", FAILS, "not possible here", f"precision.fp8=null, or {_GPU_EXTRA}")
-    if config.data.decoder == "dali" and _version("nvidia.dali") is None:
+    if config.data.decoder == "dali" and not torch.cuda.is_available():
+        yield Finding("data.decoder=dali", FAILS, "there is no GPU", "data.decoder=auto")
+    elif config.data.decoder == "dali" and _version("nvidia.dali") is None:
         yield Finding("data.decoder=dali", FAILS, "DALI is not installed", f"data.decoder=auto, or {_GPU_EXTRA}")
 
 

@@ -36,9 +36,11 @@ def test_everything_is_looked_at_and_tried():
         ("data", "decoder", "dali", "data.decoder=dali"),
     ],
 )
-def test_a_config_that_could_not_run_here(config, monkeypatch, section, key, value, name):
+@pytest.mark.parametrize("installed", [None, "1.0"])  # which is of no use without a GPU
+def test_a_config_that_could_not_run_here(config, monkeypatch, section, key, value, name, installed):
     monkeypatch.setattr("cosmos_mcore.training.doctor._trials", list)
-    monkeypatch.setattr("cosmos_mcore.training.doctor._version", lambda *_: None)
+    monkeypatch.setattr("cosmos_mcore.training.doctor._version", lambda *_: installed)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert not [finding for finding in examine(config) if finding.status == FAILS]
     setattr(getattr(config, section), key, value)
     assert [finding.name for finding in examine(config) if finding.status == FAILS] == [name]
