@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import psutil
@@ -64,7 +65,7 @@ def run_processes(count: int, command: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or that of the rank that failed first.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -73,31 +74,33 @@ def run_processes(count: int, command: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # of a torchrun with one process
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=f"cosmos_mcore_{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    if hasattr(launch, "signals_to_handle"):
-        # Without this the launcher itself would end at SIGTERM, and kill the ranks half a minute later.
-        launch.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
-        for number in _PASSED_ON:
-            signal.signal(number, _pass_on)
-    try:
-        elastic_launch(launch, sys.executable)(*command)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"error: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
+    with tempfile.TemporaryDirectory(prefix="cosmos_mcore_launch_") as folder:  # torch would leave its own behind
+        launch = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=f"cosmos_mcore_{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        if hasattr(launch, "signals_to_handle"):
+            # Without this the launcher itself would end at SIGTERM, and kill the ranks half a minute later.
+            launch.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+            for number in _PASSED_ON:
+                signal.signal(number, _pass_on)
+        try:
+            elastic_launch(launch, sys.executable)(*command)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode < 0:
+                print(f"error: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+            return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        except SignalException as error:
+            return 128 + int(error.sigval)
+        return 0
 
 
 def _pass_on(number: int, frame: object) -> None:

@@ -43,8 +43,10 @@ class Launched:
         (folder / "rank.py").write_text(RANK)
         self.folder = folder / "written"
         self.folder.mkdir()
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir()
         command = [sys.executable, "-c", LAUNCHER, str(count), str(folder / "rank.py"), mode, str(self.folder)]
-        env = environment(MARK=self.mark)
+        env = environment(MARK=self.mark, TMPDIR=str(self.temporary))
         del env["OMP_NUM_THREADS"]
         self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -80,12 +82,14 @@ def test_ranks_know_their_place_and_share_the_cores(launched):
     assert run.end() == (0, "")
     threads = max(1, os.cpu_count() // 2)
     assert {path.name: path.read_text() for path in run.folder.iterdir()} == dict.fromkeys("01", f"2 {threads}")
+    assert list(run.temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize(("mode", "code"), [("fails", 3), ("is_killed", 128 + signal.SIGKILL)])
 def test_a_rank_that_ends_badly_ends_all(launched, mode, code):
-    found, stderr = launched(2, mode).end()
-    assert found == code
+    run = launched(2, mode)
+    found, stderr = run.end()
+    assert found == code and list(run.temporary.iterdir()) == []
     assert re.fullmatch("error: rank . was killed by SIGKILL\n" if mode == "is_killed" else "", stderr)
 
 
@@ -95,7 +99,7 @@ def test_a_signal_to_the_launcher_ends_all(launched, number):
     run.wait_for_ranks(2)
     run.process.send_signal(number)
     code, _ = run.end()
-    assert code == 128 + number
+    assert code == 128 + number and list(run.temporary.iterdir()) == []
 
 
 def test_no_rank_outlives_a_launcher_that_is_killed(launched):
