@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.utils import log_single_rank
 
 from cosmos_mcore.checkpoint.checksums import check_checksums
 from cosmos_mcore.checkpoint.distributed import load_checkpoint
@@ -44,7 +45,9 @@ def resume(folder: Path, chunks: Sequence[CosmosARModel], optimizer: MegatronOpt
             if dist.get_rank() == 0:
                 _set_aside(folder, bad, path)
             return progress
-        logger.warning("checkpoint %s cannot be used; trying the one before: %s", path, errors[0])
+        log_single_rank(
+            logger, logging.WARNING, "checkpoint %s cannot be used; trying the one before: %s", path, errors[0]
+        )
         known = errors[0].startswith("checkpoint ")
         first_error = first_error or (errors[0] if known else f"checkpoint {path} cannot be loaded: {errors[0]}")
         bad.append(path)

@@ -137,11 +137,15 @@ class TorchFileWriter:
         expected: list[TensorSpec] = []
         self._file: Any = path if isinstance(path, _Inside) else open(path, "wb")  # noqa: SIM115 - closed by __exit__
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-        pickled = io.BytesIO()
-        _StructurePickler(pickled, expected).dump(structure)
-        self._expected = ExpectedTensors(expected)
-        self._record("data.pkl", pickled.getvalue())
-        self._record("byteorder", b"little")
+        try:
+            pickled = io.BytesIO()
+            _StructurePickler(pickled, expected).dump(structure)
+            self._expected = ExpectedTensors(expected)
+            self._record("data.pkl", pickled.getvalue())
+            self._record("byteorder", b"little")
+        except BaseException:
+            self._release()
+            raise
 
     @classmethod
     def inside(cls, file: IO[bytes], tensor: Tensor) -> TorchFileWriter:
@@ -174,8 +178,11 @@ class TorchFileWriter:
                 self._record("version", b"3\n")
                 self._archive.close()
         finally:
-            self._archive.fp = None  # or it would try to finish the file once more
-            self._file.close()
+            self._release()
+
+    def _release(self) -> None:
+        self._archive.fp = None  # or it would try to finish the file once more
+        self._file.close()
 
     def _record(self, name: str, data: bytes) -> None:
         self._open(name, len(data))

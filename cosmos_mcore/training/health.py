@@ -8,6 +8,8 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 
+from megatron.core.utils import log_single_rank
+
 logger = logging.getLogger(__name__)
 
 _WINDOW = 100  # steps that a loss is compared with
@@ -47,7 +49,9 @@ class Health:
         self.nan_iterations += 1
         self._in_a_row += 1
         what = f"iteration {iteration}: loss {loss}, gradient norm {grad_norm}; clips: {clips()}"
-        logger.warning("NOT FINITE, the step was skipped (%d in a row): %s", self._in_a_row, what)
+        log_single_rank(
+            logger, logging.WARNING, "NOT FINITE, the step was skipped (%d in a row): %s", self._in_a_row, what
+        )
         if self._in_a_row >= self._limit:
             raise ValueError(
                 f"{self._in_a_row} steps in a row had a loss or gradient that is not finite; the last one was {what}. "
@@ -59,7 +63,9 @@ class Health:
             usual = statistics.median(self._losses)
             spread = statistics.fmean(abs(one - usual) for one in self._losses)
             if loss > usual + max(_DEVIATIONS * spread, 0.1 * usual):
-                logger.warning(
+                log_single_rank(
+                    logger,
+                    logging.WARNING,
                     "loss spike at iteration %d: %.4f, while the median of the last %d steps is %.4f; clips: %s",
                     *(iteration, loss, len(self._losses), usual, clips()),
                 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import log_single_rank
 
 from cosmos_mcore.config.derived import run_dir
 from cosmos_mcore.config.schema import RunConfig
@@ -83,7 +84,7 @@ def report_stragglers(device: torch.device, iteration: int, data_seconds: float)
     slow = [f"{rank} on {host} ({seconds / usual:.2f}x)" for rank, (seconds, _, host) in enumerate(ranks)
             if seconds > _SLOW * usual]  # fmt: skip
     if slow:
-        logger.warning("iteration %d: slow ranks: %s", iteration, ", ".join(slow))
+        log_single_rank(logger, logging.WARNING, "iteration %d: slow ranks: %s", iteration, ", ".join(slow))
 
 
 def _time_product(device: torch.device) -> float:

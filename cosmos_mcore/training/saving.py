@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.utils import log_single_rank
 
 from cosmos_mcore.checkpoint.background import BackgroundSave, SaveResult
 from cosmos_mcore.checkpoint.distributed import plan_checkpoint, remove_old_checkpoints
@@ -36,6 +37,7 @@ class Saver:
         self._failures = 0
         self._retry_at: float | None = None  # rank 0's clock
         self._checked = False
+        self._meanwhile = "Training goes on"
         _before_update(run.optimizer, self._save.fence)
 
     def prepare(self) -> None:
@@ -76,7 +78,12 @@ class Saver:
             self._ended(self._save.wait())
             seconds = time.perf_counter() - began
             if seconds > 1:
-                logger.warning("training waited %.1f s for the save before; raise checkpoint.save_interval", seconds)
+                log_single_rank(
+                    logger,
+                    logging.WARNING,
+                    "training waited %.1f s for the save before; raise checkpoint.save_interval",
+                    seconds,
+                )
         self._retry_at = None
         run.gather_weights()
         progress = asdict(run.progress)
@@ -93,6 +100,7 @@ class Saver:
         Raises:
             ValueError: after ``checkpoint.max_save_failures`` failures in a row.
         """
+        self._meanwhile = "Training is done and waits for its last checkpoint"
         self._ended(self._save.wait())
         while self._saved_iteration != self._run.progress.iteration:
             if self._failures:
@@ -125,10 +133,13 @@ class Saver:
                 f"checkpoint is {self._newest()}"
             )
         self._retry_at = time.monotonic() + self._settings.retry_seconds if dist.get_rank() == 0 else None
-        logger.error(
-            "SAVING FAILED (%d of at most %d times in a row): checkpoint %s: %s. Training goes on; next try in %.0f s. "
+        log_single_rank(
+            logger,
+            logging.ERROR,
+            "SAVING FAILED (%d of at most %d times in a row): checkpoint %s: %s. %s; next try in %.0f s. "
             "The newest complete checkpoint is %s",
-            *(self._failures, limit, result.path, reasons, self._settings.retry_seconds, self._newest()),
+            *(self._failures, limit, result.path, reasons, self._meanwhile, self._settings.retry_seconds),
+            self._newest(),
         )
 
     def _newest(self) -> str:

@@ -1,8 +1,10 @@
 """Files of ``torch.save``, written and read tensor by tensor."""
 
+import gc
 import itertools
 import os
 import pickle
+import sys
 import zipfile
 
 import pytest
@@ -235,6 +237,22 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch, content):
         TorchFile(tmp_path / "trap.pt")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_one_error(monkeypatch):
+    """Nothing is tried again when the half-written archive is thrown away."""
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    tensor = torch.arange(1000)
+    with (
+        open("/dev/full", "wb", buffering=0) as file,
+        pytest.raises(OSError, match="No space left"),
+        TorchFileWriter.inside(file, tensor) as writer,
+    ):
+        writer.write(tensor)
+    gc.collect()
+    assert ignored == []
 
 
 def test_archives_inside_files(tmp_path):

@@ -34,11 +34,15 @@ class Log:
         for name in names:
             module = sys.modules[f"cosmos_mcore.{name}"]
             module.logger = mock.Mock()
-            module.logger.error = module.logger.warning = lambda text, *values: self.lines.append(text % values)
+            module.logger.warning = lambda text, *values: self.lines.append(text % values)
+            module.logger.log = lambda level, text, *values: self.lines.append(text % values)
 
     def drain(self):
+        """What rank 0 has said; the others say nothing of what all ranks know."""
         found, self.lines = self.lines, []
-        return found
+        first, *others = gather_to_all(found)
+        assert not any(others), others
+        return first
 
 
 def full_disk_on_rank_1(descriptor):
@@ -90,7 +94,22 @@ def failures(run, log):
         except ValueError as error:
             found["limit"] = str(error)
     log.drain()
+
+    failing = iter([OSError(errno.ENOSPC, "No space left on device")])
+    write = background.write_latest
+    saver = Saver(run, lambda iteration, path: saved.append(iteration))
+    train(run, 1)
+    with mock.patch.object(background, "write_latest", side_effect=lambda *args: fail_or(write, failing, *args)):
+        saver.finish()
+    found["done"] = (log.drain(), latest_checkpoint(folder) == folder / f"iter_{run.progress.iteration:09d}")
     return found
+
+
+def fail_or(work, failing, *arguments):
+    """Fails as often as there are errors, then works."""
+    for error in failing:
+        raise error
+    work(*arguments)
 
 
 def kept(run, log):

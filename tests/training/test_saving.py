@@ -18,7 +18,7 @@ def test_a_folder_that_cannot_be_made_is_loud_and_counted(results):
     lines, saved = results["failures"]["not a folder"]
     assert saved == [] and len(lines) == 1
     assert "SAVING FAILED (1 of at most 3 times in a row)" in lines[0]
-    assert "Training goes on" in lines[0] and "complete checkpoint is none" in lines[0]
+    assert "Training goes on; next try" in lines[0] and "complete checkpoint is none" in lines[0]
 
 
 def test_a_failed_save_is_tried_again_in_a_later_step(results):
@@ -36,6 +36,12 @@ def test_too_many_failures_in_a_row_end_the_run(results):
     assert results["failures"]["limit"].startswith("3 saves in a row have failed")
     assert "Read-only file system" in results["failures"]["limit"]
     assert results["failures"]["limit"].endswith("newest complete checkpoint is that of iteration 2")
+
+
+def test_a_run_that_is_done_waits_for_room(results):
+    lines, complete = results["failures"]["done"]
+    assert len(lines) == 1 and "Training is done and waits for its last checkpoint; next try in" in lines[0]
+    assert complete
 
 
 def test_the_newest_and_the_multiples_stay(results):
