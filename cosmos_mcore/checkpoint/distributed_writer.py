@@ -28,6 +28,7 @@ from cosmos_mcore.checkpoint.files import ahead, new_folder
 from cosmos_mcore.checkpoint.names import Entry, entries, fuse, shard, stacked_name
 from cosmos_mcore.checkpoint.original import check_tensor_parallel_size
 from cosmos_mcore.checkpoint.reader import MOMENTS, WEIGHT, Checkpoint, TrainingState
+from cosmos_mcore.checkpoint.torch_file import TorchFileWriter
 from cosmos_mcore.model.presets import ModelArch
 
 _MASTER_PREFIX = "optimizer.state.param."  # float32 weights
@@ -86,7 +87,8 @@ def write_distributed(
                     checkpoint.release(name, state)
         with open(temporary / METADATA, "wb") as file:
             pickle.dump(metadata, file)
-        torch.save(_common_state(checkpoint.training, consumed_samples), temporary / COMMON)
+        with TorchFileWriter(temporary / COMMON, _common_state(checkpoint.training, consumed_samples)):
+            pass  # it holds no tensors
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (temporary / _CONFIG).write_text(json.dumps({**config, "common_backend": "torch", "common_backend_version": 1}))
     return [folder / name for name in (*names, METADATA, COMMON, _CONFIG)]
@@ -126,8 +128,8 @@ def _chunks(
 
 def _append(file: IO[bytes], name: str, chunk: Tensor) -> _StorageInfo:
     offset = file.tell()
-    whole = chunk.untyped_storage().nbytes() == chunk.nbytes and chunk.is_contiguous()
-    torch.save(chunk if whole else chunk.clone(memory_format=torch.contiguous_format), file)
+    with TorchFileWriter.inside(file, chunk) as archive:
+        archive.write(chunk)
     return _StorageInfo(name, offset, file.tell() - offset)
 
 

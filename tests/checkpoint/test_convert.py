@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -332,6 +333,20 @@ def test_outputs_that_cannot_be_written(tmp_path, model):
     for output, to in ((tmp_path / "file" / "x.pt", "mp"), (tmp_path / "file" / "x", "distributed")):
         with pytest.raises(ValueError, match="x(_model_mp_0.pt)? cannot be written: (Not a directory|File exists)"):
             convert(model[0], output, to)
+
+
+@pytest.mark.parametrize("size", [0, 100, 300_000])
+@pytest.mark.parametrize("to", LAYOUTS[:-1])
+def test_no_room_on_the_disk_is_one_line(tmp_path, model, to, size):
+    output = tmp_path / ("out" if to in ("safetensors", "distributed") else "out.pt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # as a full disk, but in the way of this process alone
+    try:
+        with pytest.raises(ValueError, match=r"out(_model_mp_0)?(\.pt)? cannot be written: File too large"):
+            convert(model[0], output, to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("to", LAYOUTS[:-1])
