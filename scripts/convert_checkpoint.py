@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
         model_size=args.model_size,
         form=args.form,
         force=args.force,
+        keep_source=args.verify,
     )
     for file in files:
         print(file)

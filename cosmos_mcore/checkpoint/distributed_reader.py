@@ -113,6 +113,11 @@ class DistributedCheckpoint(Checkpoint):
         if all(prefix + name in self._tensors for prefix in STATE_PREFIX.values() for name in sizes):
             self.training = self._training_state()
 
+    @property
+    def files(self) -> set[Path]:
+        """See ``Checkpoint``."""
+        return {self.path / METADATA, *(self.path / info.relative_path for info in self._storage.values())}
+
     def dtype(self, name: str, state: str = WEIGHT) -> torch.dtype:
         """See ``Checkpoint``."""
         return self._tensors[self._key(stacked_name(self._entries[name].ours)[0], state)].properties.dtype

@@ -98,8 +98,8 @@ def _one_line(path: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder with all in it, if it is there."""
-    if path.is_dir():
+    """Deletes a file, a link or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

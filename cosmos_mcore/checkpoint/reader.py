@@ -65,6 +65,11 @@ class Checkpoint(ABC):
         """All tensors' names, in the original's order."""
         return list(original_shapes(self.arch))
 
+    @property
+    @abstractmethod
+    def files(self) -> set[Path]:
+        """The files that the weights are read from."""
+
     @abstractmethod
     def dtype(self, name: str, state: str = WEIGHT) -> torch.dtype:
         """The dtype that ``read`` returns."""
@@ -199,6 +204,11 @@ class FilesCheckpoint(Checkpoint):
     def tensor_parallel_size(self) -> int:
         """How many shards each tensor is cut in."""
         return len(self._ranks)
+
+    @property
+    def files(self) -> set[Path]:
+        """See ``Checkpoint``."""
+        return {entry.file.path for tensors in self._ranks for entry in tensors.values()}
 
     def dtype(self, name: str, state: str = WEIGHT) -> torch.dtype:
         """See ``Checkpoint``."""

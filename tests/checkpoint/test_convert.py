@@ -364,6 +364,16 @@ def test_existing_outputs_are_kept_without_force(tmp_path, model, to):
     assert not list(tmp_path.glob("*.incomplete")) and not list(tmp_path.glob("*.replaced"))
 
 
+def test_an_output_folder_that_is_a_link_is_replaced_by_a_folder(tmp_path, model):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (tmp_path / "out").symlink_to("elsewhere")
+    convert(model[0], tmp_path / "out", "safetensors", force=True)
+    assert_holds(tmp_path / "out", model[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+    assert (tmp_path / "elsewhere" / "kept").exists() and not (tmp_path / "out").is_symlink()
+
+
 # Big enough to be caught in the middle, and to show in the memory of the process: 250 MB.
 BIG = ModelArch(
     num_layers=5, hidden_size=2048, ffn_hidden_size=2048, kv_channels=64, vocab_size=4096, embedding_size=4096

@@ -54,6 +54,25 @@ def test_convert_and_verify_in_place(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("to", "size", "form"), [("monolithic", 1, "plain"), ("mp", 2, "prefixed"), ("safetensors", 1, "prefixed")]
+)
+def test_verify_needs_the_input_afterwards(tmp_path, to, size, form):
+    """Where the output took its place, it would be compared with itself."""
+    model = save_model(tmp_path / "model.pt", random_weights(reduced("4b")))
+    if to == "mp":
+        code, *_ = run("shard_autoregressive_base_checkpoints.py", "-c", model, "-t", 4)
+        model.unlink()
+    elif to == "safetensors":
+        code, *_ = run("convert_checkpoint.py", "--input", model, "--output", tmp_path / "hub", "--to", to)
+        model = tmp_path / "hub"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    arguments = ("--input", model, "--output", model, "--to", to, "--tensor_parallel_size", size, "--form", form)
+    code, _, errors = run("convert_checkpoint.py", *arguments, "--force", "--verify")
+    assert code == 2 and "--verify compares with the input" in errors and len(errors.strip().splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
         ("shard_autoregressive_base_checkpoints.py", ("-c", "{m}", "-t", 2, "-s", "4b"), "is not a 4b model"),
