@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_mcore.checkpoint.distributed_reader import COMMON, read_metadata
+from cosmos_mcore.checkpoint.torch_file import DAMAGE
 
 _THREADS = 4  # each holds one stored tensor in memory
 _PIECE = 2**22  # bytes
@@ -33,7 +34,7 @@ def check_checksums(path: Path, rank: int = 0, ranks: int = 1) -> None:
     for info in read_metadata(path).storage_data.values():
         files[Path(info.relative_path).name].append(info)
     if rank == 0 and (path / COMMON).is_file():
-        _check_archive((path / COMMON).read_bytes(), path / COMMON)
+        check_archive((path / COMMON).read_bytes(), path / COMMON)
     pieces = [(path / name, info) for name in sorted(files)[rank::ranks] for info in files[name]]
     with ThreadPoolExecutor(_THREADS) as pool:
         for _ in pool.map(lambda piece: _check(*piece), pieces):
@@ -49,16 +50,20 @@ def _check(file: Path, info: Any) -> None:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
     if len(data) < info.length:
         raise ValueError(f"{file} is truncated")
-    _check_archive(data, file)
+    check_archive(data, file)
 
 
-def _check_archive(data: bytes, file: Path) -> None:
+def check_archive(data: bytes, file: Path) -> None:
+    """Compares all checksums of an archive of ``torch.save`` in memory.
+
+    Raises:
+        ValueError: naming ``file``, if it is damaged.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for name in archive.namelist():
                 with archive.open(name) as record:  # raises at its end if the checksum differs
                     while record.read(_PIECE):
                         pass
-    # zipfile raises the last two where damage makes a record look compressed in an unknown way, or encrypted.
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError):
+    except DAMAGE:
         raise ValueError(f"{file} is damaged: its bytes do not match their checksum") from None

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import collections
 import io
+import lzma
 import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ _LOCAL_HEADER = 30  # bytes of a ZIP record's header before its name
 _ZIP64_EXTRA = 20  # bytes that zipfile adds to the header of a record that may pass 2 GiB
 _PIECE = 2**20  # bytes that stay in the processor's cache between their checksum and their copy to the file
 _BLOCK = 2**21  # bytes that stay there from one thread that checks them to another that writes them
+# What reading a damaged archive raises: damage can make a record look encrypted, or compressed in any way.
+DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, NotImplementedError, RuntimeError)
 _STORAGES = {
     torch.bfloat16: torch.BFloat16Storage,
     torch.float16: torch.HalfStorage,
@@ -66,13 +70,20 @@ class TorchFile:
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                records = [info for info in archive.infolist() if re.fullmatch(r"[^/]+/data/\d+", info.filename)]
+                records = []
+                for info in archive.infolist():
+                    if re.fullmatch(r"[^/]+/data/\d+", info.filename):
+                        records.append(info)
+                    elif info.compress_type != zipfile.ZIP_STORED:
+                        raise zipfile.BadZipFile
+                    else:
+                        archive.read(info)  # compares the checksum, as torch does not: of names, shapes and numbers
             self.content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(_unsafe(str(path), error)) from None
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-        except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, KeyError, IndexError):
+        except (*DAMAGE, ValueError, KeyError, IndexError):
             raise ValueError(f"{path} is truncated or is not a file of torch.save; copy or download it again") from None
         # torch does not say which record a tensor came from; records and storages lie in the same order.
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors(self.content) if t.numel()}
@@ -283,7 +294,7 @@ def load_bytes(data: bytes, where: str) -> Any:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(_unsafe(where, error)) from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError):
+    except DAMAGE:
         pass
     raise ValueError(f"{where} is corrupted: it does not match its checksum; copy it again")
 

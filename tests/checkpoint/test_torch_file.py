@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cosmos_mcore.checkpoint.checksums import check_archive
 from cosmos_mcore.checkpoint.safetensors_file import SafetensorsWriter
 from cosmos_mcore.checkpoint.torch_file import TensorSpec, TorchFile, TorchFileWriter, load_bytes
 
@@ -202,6 +203,20 @@ def test_a_flipped_bit_is_found_and_named(model):
     assert len(list(file.blocks(file.content["tensor2"], "tensor2", 300))) == 4
 
 
+def test_a_flipped_bit_in_what_is_no_tensor_is_found(tmp_path):
+    """In an optimizer's hyperparameters it would go unnoticed, in names and shapes it would confuse torch."""
+    torch.save({"lr": 0.125, "iteration": 123456, "w": torch.ones(100)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        start = archive.getinfo("x/data.pkl").header_offset
+        length = archive.getinfo("x/data.pkl").file_size
+    data = (tmp_path / "x.pt").read_bytes()
+    start = data.find(b"\x80\x02}", start)
+    for position in range(start, start + length):
+        (tmp_path / "x.pt").write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(ValueError, match=r"x\.pt is (truncated|refused|corrupted)"):
+            TorchFile(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("kept", [0, 10, 1000, -1])
 def test_a_truncated_file_is_one_line(model, kept):
     model.write_bytes(model.read_bytes()[:kept])
@@ -264,3 +279,15 @@ def test_archives_inside_files(tmp_path):
     for damaged in (broken, data[:-5], b"", pickle.dumps(Trap())):
         with pytest.raises(ValueError, match="^y is corrupted"):
             load_bytes(damaged, "y")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 9])
+def test_a_record_that_looks_compressed_is_damaged(tmp_path, method):
+    torch.save(torch.arange(1000), tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    place = data.rfind(b"PK\x01\x02", 0, data.rfind(b"x/data/0"))
+    data[place + 10] = method
+    with pytest.raises(ValueError, match="^y is corrupted"):
+        load_bytes(bytes(data), "y")
+    with pytest.raises(ValueError, match=r"f is damaged: its bytes do not match their checksum"):
+        check_archive(bytes(data), tmp_path / "f")
