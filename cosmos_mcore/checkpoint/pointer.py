@@ -37,7 +37,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     pointer = folder / LATEST
     if not pointer.exists():
         return None
-    path = folder / pointer.read_text().strip()
+    path = folder / pointer.read_text(errors="replace").strip()
     if not is_distributed(path):
         raise ValueError(
             f"{pointer} names {path.name}, which is not a complete checkpoint; write the name of another folder into "
@@ -55,7 +55,7 @@ def candidates(folder: Path) -> list[Path]:
     pointer = folder / LATEST
     if not pointer.exists():
         return []
-    named = folder / pointer.read_text().strip()
+    named = folder / pointer.read_text(errors="replace").strip()
     found = [path for path in reversed(complete_checkpoints(folder)) if path.name <= named.name]
     if not found:
         latest_checkpoint(folder)  # raises

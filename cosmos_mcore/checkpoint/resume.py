@@ -72,7 +72,7 @@ def _set_aside(folder: Path, bad: Sequence[Path], good: Path) -> None:
         logger.warning("going on from %s; the damaged checkpoint is kept as %s", good, damaged)
         remove(damaged)
         os.replace(path, damaged)
-    named = (folder / LATEST).read_text().strip()
+    named = (folder / LATEST).read_text(errors="replace").strip()
     if named != good.name:
         logger.warning("%s named %s; it names %s now", folder / LATEST, named, good.name)
         write_latest(folder, good.name)

@@ -226,7 +226,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         ValueError: if it names something that is not in the folder.
     """
     for pointer in _pointers(folder):
-        name = pointer.read_text().strip()
+        name = pointer.read_text(errors="replace").strip()
         if not re.fullmatch(r"[\w.-]+", name) or not (pointer.parent / name).exists():
             raise ValueError(f"{pointer} names {name!r}, which is not beside it")
         return pointer.parent / name

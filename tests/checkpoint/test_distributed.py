@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cosmos_mcore.checkpoint.distributed import remove_old_checkpoints
-from cosmos_mcore.checkpoint.pointer import checkpoint_name, latest_checkpoint
+from cosmos_mcore.checkpoint.pointer import candidates, checkpoint_name, latest_checkpoint
 from tests.checkpoint.distributed_worker import DAMAGES
 from tests.processes import run_ranks
 
@@ -95,3 +95,7 @@ def test_latest(folder):
     (folder / "iter_000000010" / "metadata.json").unlink()
     with pytest.raises(ValueError, match="names iter_000000010, which is not a complete checkpoint"):
         latest_checkpoint(folder)
+    (folder / "latest_checkpoint.txt").write_bytes(b"iter_0\xb0\xff\n")  # a damaged disk
+    with pytest.raises(ValueError, match="names iter_0.+, which is not a complete checkpoint"):
+        latest_checkpoint(folder)
+    assert candidates(folder)[0] == folder / "iter_000000008"

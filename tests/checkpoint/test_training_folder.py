@@ -136,3 +136,6 @@ def test_missing_files_of_a_run(tmp_path):
     (tmp_path / "run" / "iter_000000003.pt").unlink()
     with pytest.raises(ValueError, match="latest_checkpoint.txt names 'iter_000000003.pt', which is not beside it"):
         open_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "latest_checkpoint.txt").write_bytes(b"iter_0\xb0\xff\n")
+    with pytest.raises(ValueError, match="latest_checkpoint.txt names 'iter_0.+', which is not beside it"):
+        open_checkpoint(tmp_path / "run")
