@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import logging
@@ -20,6 +21,10 @@ from cosmos_mcore.checkpoint.files import flush
 logger = logging.getLogger(__name__)
 
 _BLOCK = 2**24  # bytes read at a time
+# Errors of the disk, among those of the network.
+_OF_THE_DISK = {
+    getattr(errno, name) for name in "EACCES EDQUOT EEXIST EFBIG EIO EISDIR ENOSPC ENOTDIR EPERM EROFS".split()
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,8 @@ def download(repository: Repository, root: Path) -> Path:
         logger.info("%s is complete", folder)
         return folder
     hub = require_hub()
-    folder.mkdir(parents=True, exist_ok=True)
-    with _one_line(repository):
+    with _one_line(repository, folder):
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             info = hub.HfApi().repo_info(repository.repo_id, repo_type=repository.repo_type, files_metadata=True)
         except hub.errors.OfflineModeIsEnabled:
@@ -91,13 +96,15 @@ def download(repository: Repository, root: Path) -> Path:
 
 
 def _wanted(names: Sequence[str], repository: Repository) -> list[str]:
-    return [
+    """The files to take; those with known digests last, since a folder that has them counts as complete."""
+    wanted = [
         name
         for name in names
         if any(fnmatch.fnmatch(name, pattern) for pattern in repository.patterns)
         and not os.path.isabs(name)
         and ".." not in Path(name).parts
     ]
+    return sorted(wanted, key=lambda name: name in repository.md5)
 
 
 def _bring(repository: Repository, name: str, revision: str, path: Path) -> None:
@@ -178,7 +185,7 @@ def md5(path: Path) -> str:
 
 
 @contextmanager
-def _one_line(repository: Repository) -> Iterator[None]:
+def _one_line(repository: Repository, folder: Path) -> Iterator[None]:
     """Turns the hub's errors into a sentence that says what to do. Never shows headers, which hold the token."""
     hub = require_hub()
     errors, endpoint, repo_id = hub.errors, hub.constants.ENDPOINT, repository.repo_id
@@ -197,6 +204,8 @@ def _one_line(repository: Repository) -> Iterator[None]:
         ) from None
     except (OSError, *errors.HfHubHTTPError.__bases__) as error:
         logger.debug("download failed", exc_info=True)
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
         raise ValueError(
             f"{repo_id} could not be downloaded from {endpoint} ({type(error).__name__}); run the same command again: "
             "it goes on where it stopped"

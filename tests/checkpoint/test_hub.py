@@ -109,6 +109,38 @@ def test_a_killed_download_goes_on_where_it_stopped(hub, tmp_path):
     assert not list((tmp_path / "ckpt").rglob("*.incomplete"))
 
 
+def test_what_came_first_does_not_hide_that_the_rest_is_missing(hub, tmp_path):
+    """A folder with all files of known digests counts as complete, so they come last."""
+    weights = os.urandom(1000)
+    hub.files["models/google/T"] = {"model.bin": weights, "tokenizer.json": os.urandom(25_000_000)}
+    hub.stall_after = 21_000_000
+    repository = Repository("google/T", "T", ("*",), {"model.bin": hashlib.md5(weights).hexdigest()})
+    process = start(hub, tmp_path, downloading(repository, tmp_path))
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size >= 10_000_000 for path in (tmp_path / "T").glob("tokenizer*.incomplete")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    hub.stall_after = None
+    assert run(hub, tmp_path, downloading(repository, tmp_path))[0] == 0
+    assert sorted(path.name for path in (tmp_path / "T").iterdir()) == ["model.bin", "tokenizer.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(hub, tmp_path):
+    hub.files["models/nvidia/M"] = {"model.pt": os.urandom(50_000)}
+    code = downloading(Repository("nvidia/M", "M"), tmp_path / "file")
+    (tmp_path / "file").touch()
+    status, _, errors = run(hub, tmp_path, code)
+    assert status == 1 and errors == f"{tmp_path}/file/M cannot be written: Not a directory\n"
+    (tmp_path / "file").unlink()
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+    status, _, errors = run(hub, tmp_path, full + code)
+    assert status == 1 and errors.splitlines()[-1] == f"{tmp_path}/file/M cannot be written: File too large"
+    assert run(hub, tmp_path, code)[0] == 0
+    assert [path.name for path in (tmp_path / "file" / "M").iterdir()] == ["model.pt"]
+
+
 def test_wrong_bytes_never_get_the_name(hub, tmp_path):
     hub.files["models/nvidia/M"] = {"model.pt": b"damaged"}
     repository = Repository("nvidia/M", "M", ("*",), {"model.pt": hashlib.md5(b"released").hexdigest()})
