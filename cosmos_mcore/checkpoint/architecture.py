@@ -59,7 +59,7 @@ def detect_arch(shapes: Mapping[str, Shape], where: str) -> ModelArch:
             return preset
     for name, preset in PRESETS.items():
         for parts in (2, 4, 8):
-            if _one_of(preset, parts) == arch:
+            if replace(_one_of(preset, parts), num_layers=arch.num_layers) == arch:
                 raise ValueError(f"{where}: holds 1/{parts} of a {name} model; are shard files missing?")
     return arch
 

@@ -47,10 +47,12 @@ def test_a_wrong_size_names_the_tensor():
         arch_of_size("7b", {}, "model.pt")
 
 
+@pytest.mark.parametrize("layers", [40, 7])  # one with another number of layers, too: its vocabulary tells
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_a_part_of_a_released_model_is_not_taken_for_a_smaller_one(parts):
+def test_a_part_of_a_released_model_is_not_taken_for_a_smaller_one(parts, layers):
     arch = replace(
         PRESETS["12b"],
+        num_layers=layers,
         ffn_hidden_size=14336 // parts,
         num_attention_heads=32 // parts,
         num_query_groups=8 // parts,
