@@ -144,6 +144,11 @@ class TokenCache:
         """Number of clips."""
         return len(self._reader)
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether ids can still be added: False after an error of the disk."""
+        return self._writable
+
     def find(self, key: ClipKey) -> np.ndarray | None:
         """Ids [tokens], uint16, of a clip; None if it is not there."""
         ids = self._reader.read(key)
@@ -169,7 +174,7 @@ class TokenCache:
                 if self._writer.size >= min(_SHARD_BYTES, self._limit / 8):
                     self._roll()
             except OSError as error:
-                logger.warning("the token cache %s takes no more ids (%s); training goes on", self.folder, error)
+                logger.warning("the token cache %s takes no more ids (%s)", self.folder, error)
                 self._writable = False
 
     def close(self) -> None:

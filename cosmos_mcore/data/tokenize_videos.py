@@ -83,7 +83,7 @@ def fill(config: RunConfig, index: ClipIndex, part: tuple[int, int]) -> Outcome:
         part: (which, of how many); 0 based.
 
     Raises:
-        ValueError: if the cache was made with other settings, or the tokenizer's files are wrong.
+        ValueError: if the cache was made with other settings, or its disk is full, or the tokenizer's files are wrong.
     """
     from cosmos_mcore.data.clip_tokens import build_clip_tokens
     from cosmos_mcore.tokenizer.build import build_tokenizer
@@ -106,6 +106,9 @@ def fill(config: RunConfig, index: ClipIndex, part: tuple[int, int]) -> Outcome:
                     if clip.path not in outcome.dropped:
                         outcome.dropped[clip.path] = SkippedFile(clip.path, str(error))
                         logger.warning("dropped %s: %s", clip.path, error)
+                if not tokens.cache.takes_more:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise ValueError(f"{tokens.cache.folder} takes no more ids; make room and run the same command again")
                 bar.update()
         outcome.made, outcome.found = tokens.cache.added, tokens.cache.hits
     finally:

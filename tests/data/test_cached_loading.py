@@ -1,6 +1,8 @@
 """The cache in the loader and offline: the same ids as on the spot, nothing decoded twice, training without videos."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -133,6 +135,23 @@ def test_offline_then_from_the_cache_alone(videos, tmp_path, decoded, capsys):
     config.data.height = 48
     with pytest.raises(ValueError, match=r"was made with data\.height=32, this run has data\.height=48"):
         index_clips(config.data)
+
+
+def test_without_room_the_offline_tool_ends_and_goes_on_later(videos, tmp_path, decoded, monkeypatch):
+    """It would decode and tokenize all the rest for nothing."""
+    command = [yaml_of(small_config(videos, token_cache="auto", num_workers=1), tmp_path), "--output"]
+    command.append(str(tmp_path / "cache"))
+
+    def append(writer, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr("cosmos_mcore.data.shards.ShardWriter.append", append)
+        with pytest.raises(ValueError, match="cache takes no more ids; make room and run the same command again"):
+            main(command)
+    assert len(decoded) < 12 and not (tmp_path / "cache" / "manifest.jsonl").exists()
+    assert main(command) == 0
+    assert len(cached_keys(tmp_path / "cache")) == 12
 
 
 def test_a_record_that_is_gone_is_an_unreadable_clip(videos, tmp_path):
