@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -64,6 +65,8 @@ def lost_peer(error: BaseException) -> bool:
 
 def configure_logging() -> None:
     """Our own messages on rank 0, as they are; warnings and worse of everything else."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout, force=True
     )

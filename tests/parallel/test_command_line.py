@@ -1,11 +1,15 @@
 """Exit codes and what the user reads after an error."""
 
+import subprocess
+import sys
+
 import pytest
 
 from cosmos_mcore.config.schema import ModelConfig
 from cosmos_mcore.model.presets import resolve_arch
 from cosmos_mcore.parallel import command_line
 from cosmos_mcore.parallel.command_line import run_command
+from tests.processes import environment
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +63,14 @@ def test_other_ranks_let_rank_zero_speak_first(capsys, monkeypatch):
     monkeypatch.setattr(command_line.time, "sleep", waited.append)
     code, text = ended(users_mistake, capsys, "nonsense")
     assert waited and code == 2 and text.startswith("error: ")
+
+
+def test_a_file_name_that_is_not_text_can_be_told():
+    """Names of files are bytes; where the terminal's language is not C, writing such a one raises."""
+    code = (
+        "import logging; from cosmos_mcore.parallel.command_line import configure_logging; configure_logging(); "
+        "logging.getLogger('cosmos_mcore').warning('skipped %s', b'clip\\xff.mp4'.decode('utf-8', 'surrogateescape'))"
+    )
+    strict = environment(PYTHONIOENCODING="utf-8:strict")
+    result = subprocess.run([sys.executable, "-c", code], env=strict, capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("skipped clip\\udcff.mp4\n", "")
