@@ -1,4 +1,4 @@
-"""One of two ranks that share the latent frames: the same numbers as alone. Usage: FOLDER, of released files."""
+"""One of several ranks that share the latent frames: the same numbers as alone. Usage: FOLDER, of released files."""
 
 import sys
 from pathlib import Path
@@ -19,10 +19,10 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     draw = torch.Generator().manual_seed(1)
-    latent, text = torch.randn(1, 16, 4, 4, 6, generator=draw), torch.randn(1, 5, 16, generator=draw)
-    tokens = torch.randint(SMALL.vocab_size, (2, 4, 2, 3), generator=draw)
+    latent, text = torch.randn(1, 16, 8, 4, 6, generator=draw), torch.randn(1, 5, 16, generator=draw)
+    tokens = torch.randint(SMALL.vocab_size, (2, 8, 2, 3), generator=draw)
     whole = random_network()(latent, tokens, text, 0.3)
-    mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
+    mine = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
     part = random_network(group=dist.group.WORLD)(latent[:, :, mine], tokens[:, mine], text, 0.3)
     torch.testing.assert_close(part, whole[:, :, mine], atol=2e-6, rtol=0)
 

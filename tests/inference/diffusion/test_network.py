@@ -131,6 +131,7 @@ def test_compiled_rounding_has_one_graph_without_breaks():
             assert torch.equal(part.float(), other.float())
 
 
-def test_context_parallel(tmp_path):
-    """Two processes that share the latent frames against one: network and whole decoder."""
-    run_ranks("tests.inference.diffusion.parallel_worker", 2, write_released(tmp_path), timeout=120)
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.layouts) for n in (4, 8))])
+def test_context_parallel(tmp_path, ranks):
+    """Processes that share the latent frames against one: network and whole decoder."""
+    run_ranks("tests.inference.diffusion.parallel_worker", ranks, write_released(tmp_path), timeout=200)
