@@ -55,3 +55,7 @@ def test_without_memory_for_the_model_it_says_so(results):
 def test_moments_are_compared_too(results, name):
     assert results[name]["equal"]
     assert results[name]["sides"][0]["tensors"] == 3 * len(random_weights(reduced("4b")))
+
+
+def test_training_loads_every_layout(results):
+    assert len(results["loaded"]) == 8 and all(results["loaded"].values()), results["loaded"]
