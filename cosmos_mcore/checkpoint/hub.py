@@ -22,9 +22,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 2**24  # bytes read at a time
 # Errors of the disk, among those of the network.
-_OF_THE_DISK = {
-    getattr(errno, name) for name in "EACCES EDQUOT EEXIST EFBIG EIO EISDIR ENOSPC ENOTDIR EPERM EROFS".split()
-}
+_OF_THE_DISK = (errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EROFS)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,9 @@ def fill(config: RunConfig, index: ClipIndex, part: tuple[int, int]) -> Outcome:
                         logger.warning("dropped %s: %s", clip.path, error)
                 if not tokens.cache.takes_more:
                     pool.shutdown(wait=False, cancel_futures=True)
-                    raise ValueError(f"{tokens.cache.folder} takes no more ids; make room and run the same command again")
+                    raise ValueError(
+                        f"{tokens.cache.folder} takes no more ids; make room and run the same command again"
+                    )
                 bar.update()
         outcome.made, outcome.found = tokens.cache.added, tokens.cache.hits
     finally:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 _READ_THREADS = 32
@@ -68,14 +69,24 @@ def _read_beside(path: str) -> tuple[str, str]:
 
 
 def _from_file(paths: Sequence[str], file: Path) -> Prompts:
+    real_folder = lru_cache(maxsize=None)(os.path.realpath)
+
+    def place(path: str | Path) -> str:
+        """The same for every way to a video through links to folders; a link to a file keeps its name."""
+        folder, name = os.path.split(os.path.abspath(path))
+        return os.path.join(real_folder(folder), name)
+
     prompts: dict[str, str] = {}
     for number, path, text in _lines(file):
-        name = os.path.abspath(file.parent / path)
+        name = place(file.parent / path)
         if name in prompts:
             raise ValueError(f"data.prompts={file}, line {number}: {path} has a prompt already; keep one line of it")
         prompts[name] = text
-    by_path = {path: text for path in paths if (text := prompts.get(os.path.abspath(path), ""))}
-    return Prompts(by_path, {path: f"has no prompt in {file}" for path in paths if path not in by_path})
+    found = {path: prompts.get(place(path)) for path in paths}
+    missing = {
+        path: f"has {'no' if text is None else 'an empty'} prompt in {file}" for path, text in found.items() if not text
+    }
+    return Prompts({path: text for path, text in found.items() if text}, missing)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str, str]]:

@@ -81,3 +81,21 @@ def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         find_prompts(["a.mp4"], str(tmp_path / "binary"))
+
+
+def test_folders_may_be_links(tmp_path):
+    (tmp_path / "disk" / "videos").mkdir(parents=True)
+    (tmp_path / "datasets").symlink_to("disk")
+    (tmp_path / "disk" / "all.jsonl").write_text('{"visual_input": "videos/a.mp4", "prompt": "rain"}\n')
+    path = str(tmp_path / "datasets" / "videos" / "a.mp4")
+    assert find_prompts([path], str(tmp_path / "disk" / "all.jsonl")).by_path == {path: "rain"}
+
+
+def test_an_empty_prompt_in_a_file_is_said(tmp_path):
+    lines = [{"visual_input": "a.mp4", "prompt": "rain"}, {"visual_input": "b.mp4", "prompt": " "}]
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    a, b, c = (str(tmp_path / f"{name}.mp4") for name in "abc")
+    assert find_prompts([a, b, c], str(tmp_path / "all.jsonl")).missing == {
+        b: f"has an empty prompt in {tmp_path / 'all.jsonl'}",
+        c: f"has no prompt in {tmp_path / 'all.jsonl'}",
+    }
