@@ -207,15 +207,26 @@ def merge(source: Path, target: Path) -> int:
     _create(target, settings)
     check_settings(target, settings)
     copied = 0
-    # An index comes after the records that it leads to.
-    for pattern in ("files-*.jsonl", "*.ids", "*.idx"):
-        for path in sorted(source.glob(pattern)):
-            goal = target / path.name
-            if not goal.exists() or goal.stat().st_size < path.stat().st_size:
-                with _replacing(goal) as temporary:
-                    temporary.write_bytes(path.read_bytes())
-                copied += 1
+    with writing_to(target):
+        # An index comes after the records that it leads to.
+        for pattern in ("files-*.jsonl", "*.ids", "*.idx"):
+            for path in sorted(source.glob(pattern)):
+                goal = target / path.name
+                if not goal.exists() or goal.stat().st_size < path.stat().st_size:
+                    with _replacing(goal) as temporary:
+                        temporary.write_bytes(path.read_bytes())
+                    copied += 1
     return copied
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turns an error of the disk into a ValueError that names the cache."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"the token cache {folder} cannot be written ({reason}); make room, or name another") from None
 
 
 def _create(folder: Path, settings: Mapping[str, Any]) -> None:

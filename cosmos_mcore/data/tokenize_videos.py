@@ -18,7 +18,7 @@ from cosmos_mcore.config.validate import validate
 from cosmos_mcore.data.contents import FileContents
 from cosmos_mcore.data.index import Clip, ClipIndex, SkippedFile, index_clips
 from cosmos_mcore.data.mp4 import UnreadableVideoError
-from cosmos_mcore.data.token_cache import cached_keys, is_cache, merge
+from cosmos_mcore.data.token_cache import cached_keys, is_cache, merge, writing_to
 from cosmos_mcore.parallel.command_line import configure_logging
 from cosmos_mcore.parallel.parts import device_of, progress_bar, read_arguments
 
@@ -65,8 +65,9 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"data.path={config.data.path} is a token cache already; name the videos")
     index = index_clips(config.data)
     outcome = fill(config, index, part)
-    note_dropped(folder, part, list(outcome.dropped.values()))
-    kept, missing = write_manifest(folder, index)
+    with writing_to(folder):
+        note_dropped(folder, part, list(outcome.dropped.values()))
+        kept, missing = write_manifest(folder, index)
     logger.info(
         "part %d of %d: %d clips tokenized, %d were there, %d files dropped; the cache has %d of %d clips: %s",
         *(part[0], part[1], outcome.made, outcome.found, len(outcome.dropped), kept, kept + missing, folder / MANIFEST),

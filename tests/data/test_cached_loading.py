@@ -154,6 +154,14 @@ def test_without_room_the_offline_tool_ends_and_goes_on_later(videos, tmp_path, 
     assert len(cached_keys(tmp_path / "cache")) == 12
 
 
+@pytest.mark.parametrize("name", ["dropped-0of1.incomplete", "manifest.jsonl"])
+def test_notes_that_cannot_be_written_are_one_line(videos, tmp_path, name):
+    (tmp_path / "cache" / name).mkdir(parents=True)
+    command = [yaml_of(small_config(videos, token_cache="auto"), tmp_path), "--output", str(tmp_path / "cache")]
+    with pytest.raises(ValueError, match=r"the token cache \S+/cache cannot be written \(Is a directory\); make room"):
+        main(command)
+
+
 def test_a_record_that_is_gone_is_an_unreadable_clip(videos, tmp_path):
     config = small_config(videos, token_cache=str(tmp_path / "cache"))
     read(config, index_clips(config.data), steps=3)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,6 +209,17 @@ def test_merge(tmp_path):
     TokenCache(tmp_path / "d", {**SETTINGS, "data.height": 16}).close()
     with pytest.raises(ValueError, match=r"data\.height"):
         merge(tmp_path / "a", tmp_path / "d")
+
+
+def test_a_merge_without_room_is_one_line(tmp_path, monkeypatch):
+    fill(tmp_path / "a", range(5))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match=r"the token cache \S+/b cannot be written \(No space left on device\); make"):
+        merge(tmp_path / "a", tmp_path / "b")
 
 
 def test_contents_of_large_files_are_sampled(tmp_path, monkeypatch):
