@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 
 from cosmos_mcore.checkpoint import background
 from cosmos_mcore.checkpoint.pointer import complete_checkpoints, iteration_of, latest_checkpoint
+from cosmos_mcore.checkpoint.reader import MOMENTS, WEIGHT
+from cosmos_mcore.checkpoint.recognize import open_checkpoint
 from cosmos_mcore.checkpoint.resume import resume
 from cosmos_mcore.parallel.agreement import gather_to_all
 from cosmos_mcore.parallel.initialize import shut_down
@@ -121,6 +124,31 @@ def kept(run, log):
     return [iteration_of(path) for path in complete_checkpoints(run.checkpoints)], run.progress.iteration, log.drain()
 
 
+def exported(run, log):
+    """The original's files beside each save: what they hold, against the distributed checkpoint of the same name."""
+    found = {}
+    run.config.checkpoint.export_original = True
+    for size in (1, 2):
+        run.config.parallel.tensor_model_parallel_size = size  # here it only says for whom the files are
+        saver = Saver(run, lambda *_: None)
+        train(run, 1)
+        saver.save()
+        saver.finish()
+        ours = open_checkpoint(latest_checkpoint(run.checkpoints))
+        theirs = open_checkpoint(ours.path.with_suffix(".pt"))
+        same = all(
+            torch.equal(theirs.read(name, state), ours.read(name, state).to(theirs.dtype(name, state)))
+            for name in ours.names
+            for state in (WEIGHT, *MOMENTS)
+        )
+        steps = theirs.training.iteration == theirs.training.step == run.progress.iteration
+        files = sorted(path.name[len("iter_000000000") :] for path in run.checkpoints.glob(f"{ours.path.name}*.pt"))
+        found[size] = (theirs.layout, theirs.tensor_parallel_size, same, steps, files)
+        dist.barrier()
+    run.config.checkpoint.export_original, run.config.parallel.tensor_model_parallel_size = False, 1
+    return found, log.drain()
+
+
 def damaged(run, log):
     """Flips a bit of the newest checkpoint and resumes."""
     newest = latest_checkpoint(run.checkpoints)
@@ -177,7 +205,8 @@ def main(folder):
     config.checkpoint.keep, config.checkpoint.keep_every = 2, 5
     run = set_up_without_clips(config, BASE)
     log = Log()
-    results = {"failures": failures(run, log), "kept": kept(run, log), "damaged": damaged(run, log)}
+    results = {"failures": failures(run, log), "kept": kept(run, log), "exported": exported(run, log)}
+    results["damaged"] = damaged(run, log)
     results["stopped"] = stopped_while_waiting(run)
     results["other folders"] = [p.name for p in run.checkpoints.iterdir() if p.suffix in (".incomplete", ".removed")]
     if dist.get_rank() == 0:

@@ -50,6 +50,14 @@ def test_the_newest_and_the_multiples_stay(results):
     assert all(iteration % 5 == 0 for iteration in iterations[:-2])
 
 
+def test_the_originals_files_lie_beside_a_save(results):
+    found, lines = results["exported"]
+    kinds = ("model", "optim", "scheduler")
+    assert found["1"] == ["training", 1, True, True, [".pt"]]
+    assert found["2"] == ["training", 2, True, True, [".pt", *(f"_{kind}_mp_{k}.pt" for kind in kinds for k in (0, 1))]]
+    assert lines == []
+
+
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(results):
     found = results["damaged"]
     assert found["iteration"] and found["named"] and found["aside"]
