@@ -116,5 +116,13 @@ def die_with_parent() -> None:
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before the line above
+    if os.getppid() == 1 and not _runs_this_python(1):  # it died before the line above
         os._exit(1)
+
+
+def _runs_this_python(pid: int) -> bool:
+    """Whether that process may be our launcher: in a container torchrun itself is often process 1."""
+    try:
+        return os.path.samefile(f"/proc/{pid}/exe", "/proc/self/exe")
+    except OSError:  # gone, or another user's
+        return False

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,14 +39,14 @@ if mode != "succeeds":
 class Launched:
     """A launcher and its ranks, found by a mark in their environment."""
 
-    def __init__(self, folder, count, mode):
+    def __init__(self, folder, count, mode, before=()):
         self.mark = uuid.uuid4().hex
         (folder / "rank.py").write_text(RANK)
         self.folder = folder / "written"
         self.folder.mkdir()
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
-        command = [sys.executable, "-c", LAUNCHER, str(count), str(folder / "rank.py"), mode, str(self.folder)]
+        command = [*before, sys.executable, "-c", LAUNCHER, str(count), str(folder / "rank.py"), mode, str(self.folder)]
         env = environment(MARK=self.mark, TMPDIR=str(self.temporary))
         del env["OMP_NUM_THREADS"]
         self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
@@ -67,8 +68,8 @@ class Launched:
 def launched(tmp_path):
     made = []
 
-    def start(count, mode):
-        made.append(Launched(tmp_path, count, mode))
+    def start(count, mode, *before):
+        made.append(Launched(tmp_path, count, mode, before))
         return made[-1]
 
     yield start
@@ -83,6 +84,32 @@ def test_ranks_know_their_place_and_share_the_cores(launched):
     threads = max(1, os.cpu_count() // 2)
     assert {path.name: path.read_text() for path in run.folder.iterdir()} == dict.fromkeys("01", f"2 {threads}")
     assert list(run.temporary.iterdir()) == []
+
+
+def test_the_launcher_may_be_process_1_of_a_container(launched):
+    container = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
+    try:
+        subprocess.run([*container, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no namespaces here")
+    assert launched(2, "succeeds", *container).end() == (0, "")
+
+
+def test_a_rank_whose_launcher_is_gone_ends(monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def end(code):
+        raise Ended
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *arguments: 0))
+    monkeypatch.setattr(os, "_exit", end)
+    launch.die_with_parent()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(launch, "_runs_this_python", lambda pid: False)
+    with pytest.raises(Ended):
+        launch.die_with_parent()
 
 
 @pytest.mark.parametrize(("mode", "code"), [("fails", 3), ("is_killed", 128 + signal.SIGKILL)])
