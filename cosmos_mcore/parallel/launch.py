@@ -104,8 +104,11 @@ def run_processes(count: int, command: Sequence[str]) -> int:
 
 
 def _pass_on(number: int, frame: object) -> None:
-    """Sends the ranks a signal that this process has got; they decide what to do."""
-    for rank in psutil.Process().children():
+    """Sends the ranks a signal that this process has got; they decide what to do. Without ranks it ends this process."""
+    ranks = psutil.Process().children()
+    if not ranks:  # not started yet: who starts later would never hear of it
+        sys.exit(128 + number)
+    for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.send_signal(number)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +128,23 @@ def test_a_signal_to_the_launcher_ends_all(launched, number):
     run.process.send_signal(number)
     code, _ = run.end()
     assert code == 128 + number and list(run.temporary.iterdir()) == []
+
+
+def test_a_signal_before_there_are_ranks_is_not_lost(launched):
+    run = launched(2, "sleeps")
+    while not handles(run.process.pid, signal.SIGTERM):
+        assert run.process.poll() is None
+        time.sleep(0.001)
+    run.process.send_signal(signal.SIGTERM)
+    code, _ = run.end()
+    assert code == 128 + signal.SIGTERM and list(run.temporary.iterdir()) == []
+
+
+def handles(pid, number):
+    """Whether a process has a handler of its own for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def test_no_rank_outlives_a_launcher_that_is_killed(launched):
