@@ -35,17 +35,22 @@ class Watchdog:
         port = from_rank_zero(store.port if store is not None else None)
         self._store = store or dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
         self._ended = threading.Event()
+        self._answered = time.monotonic()  # when rank 0, which keeps the store, was last heard
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         """Starts watching."""
+        self._answered = time.monotonic()
         self._thread.start()
+        threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Ends; after an error tells the other ranks."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(self._patience)
+        if self._thread.is_alive():
+            return  # it waits for a rank 0 that has vanished, and so would what follows
         try:
             if error is not None:
                 self._store.set("failed", f"rank {self._rank} has failed")
@@ -64,7 +69,6 @@ class Watchdog:
     def _watch(self) -> None:
         neighbour = (self._rank + 1) % self._ranks
         last_sign, last_seen, count = b"", time.monotonic(), 0
-        store_seen = time.monotonic()
         while not self._ended.wait(self._interval):
             try:
                 count += 1
@@ -76,13 +80,19 @@ class Watchdog:
                     if sign != last_sign:
                         last_sign, last_seen = sign, time.monotonic()
                 left = self._store.check([f"left/{neighbour}"])
-                store_seen = time.monotonic()
+                self._answered = time.monotonic()
                 if not left and time.monotonic() - last_seen > self._patience:
                     self._store.set("failed", f"rank {neighbour} gives no sign of life")
                     self._end(f"rank {neighbour} gives no sign of life")
             except RuntimeError:
-                if time.monotonic() - store_seen > self._patience / 2:
+                if time.monotonic() - self._answered > self._patience / 2:
                     self._end("rank 0 does not answer")
+
+    def _watch_store(self) -> None:
+        """A call to the store of a rank 0 that is frozen, or whose machine is gone, never returns: a thread of its own."""
+        while not self._ended.wait(self._interval):
+            if time.monotonic() - self._answered > self._patience:
+                self._end("rank 0 does not answer")
 
     def _end(self, why: str) -> None:
         if not self._ended.is_set():

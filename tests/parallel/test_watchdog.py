@@ -34,3 +34,15 @@ def test_all_ranks_end_together(mode, codes, reason):
     assert time.monotonic() - began < 50
     if reason:
         assert f"rank 0 ends: {reason}" in outputs[0]
+
+
+def test_a_rank_0_that_is_frozen_ends_the_others():
+    processes = list(start("frozen", 2))
+    try:
+        stderr = processes[1].communicate(timeout=55)[1]
+    finally:
+        for process in processes:  # the first as a machine that is lost: it closes no connection
+            process.kill()
+            process.wait()
+    assert processes[1].returncode == 1, stderr
+    assert "rank 1 ends: rank 0 does not answer" in stderr

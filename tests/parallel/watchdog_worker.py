@@ -1,6 +1,7 @@
 """Ranks of ``test_watchdog.py``: ``python -m tests.parallel.watchdog_worker MODE``.
 
-Rank 1 falls silent (MODE silent: killed; MODE failed: an exception) while the others do not communicate, as in a hang.
+Rank 1 falls silent (MODE silent: killed; MODE failed: an exception), or rank 0 (MODE frozen), while the others do not
+communicate, as in a hang.
 """
 
 import os
@@ -19,8 +20,11 @@ def main(mode):
     """Ends by the watchdog's hand, or after ``finished``."""
     initialize(ParallelConfig(), seed=0)
     with Watchdog(interval=0.1, patience=1.0):
+        dist.barrier()  # both have entered
         if dist.get_rank() == 1 and mode == "silent":
             os.kill(os.getpid(), signal.SIGKILL)
+        if dist.get_rank() == 0 and mode == "frozen":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if dist.get_rank() == 1 and mode == "failed":
             raise ArithmeticError("the first error")
         time.sleep(0.5 if mode == "finished" else 60)
