@@ -28,12 +28,12 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 def _recompute(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
     if parallel.recompute_granularity == "full":
-        # "block" recomputes the first so many layers of a stage, so one number goes from nothing to everything.
-        layers = min(parallel.recompute_num_layers or num_layers, num_layers // parallel.pipeline_model_parallel_size)
         return {
             "recompute_granularity": "full",
+            # The first so many layers of a stage, so one number goes from nothing to everything. Stages may differ in
+            # size, so everything is more than any of them has.
             "recompute_method": "block",
-            "recompute_num_layers": max(1, layers),
+            "recompute_num_layers": parallel.recompute_num_layers or num_layers,
             # Who recomputes is short of memory: FP8 weights are made again too, instead of kept (2 bytes a weight).
             "disable_parameter_transpose_cache": True,
         }
