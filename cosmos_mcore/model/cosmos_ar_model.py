@@ -16,7 +16,7 @@ from cosmos_mcore.config.derived import VideoLayout
 from cosmos_mcore.model.loss import TokenLosses, vocab_parallel_losses
 from cosmos_mcore.model.presets import ModelArch
 from cosmos_mcore.model.rotary import rotary_angles
-from cosmos_mcore.model.sequence import zigzag_positions
+from cosmos_mcore.model.sequence import zigzag_slice
 
 
 class CosmosARModel(LanguageModule):
@@ -123,5 +123,5 @@ class CosmosARModel(LanguageModule):
     def _angles(self, length: int) -> Tensor:
         group = self.pg_collection.cp
         if group.size() > 1:
-            return self.rotary_angles[zigzag_positions(len(self.rotary_angles), group.rank(), group.size())]
+            return zigzag_slice(self.rotary_angles, group.rank(), group.size())
         return self.rotary_angles[:length]

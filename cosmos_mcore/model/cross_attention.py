@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from cosmos_mcore.config.derived import VideoLayout
-from cosmos_mcore.model.sequence import zigzag_positions
+from cosmos_mcore.model.sequence import zigzag_slice
 
 
 @dataclass
@@ -180,7 +180,7 @@ class PositionedTransformerLayer(TransformerLayer):
         table = self.position_table.table
         context = self.pg_collection.cp
         if context.size() > 1:
-            table = table[zigzag_positions(len(table), context.rank(), context.size())]
+            table = zigzag_slice(table, context.rank(), context.size())
         if self.config.sequence_parallel:
             return table.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
         return table[:length]

@@ -13,3 +13,9 @@ def zigzag_positions(length: int, rank: int, ranks: int) -> Tensor:
     """
     size = length // (2 * ranks)
     return torch.cat([torch.arange(i * size, (i + 1) * size) for i in (rank, 2 * ranks - 1 - rank)])
+
+
+def zigzag_slice(rows: Tensor, rank: int, ranks: int) -> Tensor:
+    """``rows[zigzag_positions(len(rows), rank, ranks)]``; from slices, as an index on the host would wait for a GPU."""
+    slices = rows.chunk(2 * ranks)
+    return torch.cat((slices[rank], slices[2 * ranks - 1 - rank]))

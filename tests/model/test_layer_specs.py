@@ -6,7 +6,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
 from cosmos_mcore.model.layer_specs import RMSNorm, TorchAttention
-from cosmos_mcore.model.sequence import zigzag_positions
+from cosmos_mcore.model.sequence import zigzag_positions, zigzag_slice
 
 CONFIG = TransformerConfig(
     num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, sequence_parallel=False
@@ -66,6 +66,9 @@ def test_zigzag_ranks_share_the_sequence_and_the_work(length, ranks):
     held = [zigzag_positions(length, rank, ranks) for rank in range(ranks)]
     assert sorted(torch.cat(held).tolist()) == list(range(length))
     assert len({positions.sum().item() for positions in held}) == 1  # a causal query's work grows with its position
+    rows = torch.rand(length, 3)
+    for rank, positions in enumerate(held):
+        assert torch.equal(zigzag_slice(rows, rank, ranks), rows[positions])
 
 
 def test_norm_rounds_before_the_gain():
