@@ -8,7 +8,8 @@ DATA ?=
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
-INSTALL := $(RUN) -m pip install $$(test -t 1 || echo -q) --disable-pip-version-check -c constraints.txt
+# Into a file or a pipe pip says nothing; on a terminal it shows what it downloads.
+INSTALL := $(RUN) -m pip install $(if $(MAKE_TERMOUT),,-q) --disable-pip-version-check -c constraints.txt
 CODE := $(wildcard cosmos_mcore examples scripts benchmarks tests)
 MAX_LINES := 450
 
