@@ -69,6 +69,7 @@ LAYOUTS = {
     "dp2-overlap-unsharded": Layout(2, {**OVERLAP, **UNSHARDED}),
     "v2w-tp2-sp": Layout(2, {**TP2, **SP}, "video2world"),
     "v2w-pp2": Layout(2, PP2, "video2world"),
+    "v2w-tp2": Layout(2, TP2, "video2world"),
     "v2w-cp2": Layout(2, CP2, "video2world"),
     "v2w-tp2-cp2-sp": Layout(4, {**TP2, **CP2, **SP}, "video2world"),
     "pp2-vpp2-cp2": Layout(4, {**PP2, **VPP2, **CP2}),
