@@ -29,5 +29,5 @@ RUN scripts/container/install.sh project && useradd --create-home --uid 1001 cos
 USER 1001
 WORKDIR /workspace
 
-# Smoke test: the image's own torch, the imports, and a config through all checks that need no GPU.
+# Smoke test: the image's own torch, the imports, and the checks of one config's values.
 RUN /opt/cosmos_mcore/scripts/container/install.sh test

@@ -3,7 +3,7 @@
 #
 #   packages   what pyproject.toml needs and the environment lacks; torch and what it brings must be there
 #   project    the package itself, without its dependencies
-#   test       imports, and one config through all checks that need no GPU
+#   test       imports, and the checks of one config's values
 
 set -euo pipefail
 
