@@ -104,7 +104,7 @@ def run_processes(count: int, command: Sequence[str]) -> int:
 
 
 def _pass_on(number: int, frame: object) -> None:
-    """Sends the ranks a signal that this process has got, and they decide what to do; ends this process without ranks."""
+    """Sends the ranks a signal of this process, and they decide what to do; where there are none it ends itself."""
     ranks = psutil.Process().children()
     if not ranks:  # not started yet: who starts later would never hear of it
         sys.exit(128 + number)
