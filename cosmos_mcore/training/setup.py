@@ -79,9 +79,7 @@ class Run:
 
 
 def set_up(config: RunConfig) -> Run:
-    """Builds everything and loads the weights.
-
-    Process groups are made if ``parallel.initialize`` has not been called before.
+    """Builds everything, the process groups first, and loads the weights.
 
     Raises:
         ValueError: for what the user can mend: paths, unusable clips, a checkpoint of another model.
