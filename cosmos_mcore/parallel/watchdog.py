@@ -89,7 +89,7 @@ class Watchdog:
                     self._end("rank 0 does not answer")
 
     def _watch_store(self) -> None:
-        """A call to the store of a rank 0 that is frozen, or whose machine is gone, never returns: a thread of its own."""
+        """A thread of its own, as a call to the store of a rank 0 that is frozen or on a lost machine never returns."""
         while not self._ended.wait(self._interval):
             if time.monotonic() - self._answered > self._patience:
                 self._end("rank 0 does not answer")
