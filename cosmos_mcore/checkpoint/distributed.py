@@ -25,8 +25,11 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
+from cosmos_mcore.checkpoint.architecture import check_tensors
 from cosmos_mcore.checkpoint.background import BackgroundSave
+from cosmos_mcore.checkpoint.distributed_reader import DistributedCheckpoint
 from cosmos_mcore.checkpoint.megatron_plan import Plan, plan_save
+from cosmos_mcore.checkpoint.names import original_shapes
 from cosmos_mcore.checkpoint.pieces import Box, distributed_optimizers, optimizer_boxes
 from cosmos_mcore.checkpoint.pointer import complete_checkpoints, is_distributed, iteration_of, latest_checkpoint
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
@@ -132,6 +135,7 @@ def load_weights(path: Path, chunks: Sequence[CosmosARModel]) -> None:
     Raises:
         ValueError: if it cannot be read or holds another model.
     """
+    _check_model(path, chunks)
     with _one_line(path):
         state = dist_checkpointing.load(_stored_part(_model_state(chunks), path, fp8_state=False), str(path))
         _set_model(chunks, state)
@@ -146,6 +150,7 @@ def load_checkpoint(path: Path, chunks: Sequence[CosmosARModel], optimizer: Mega
     Raises:
         ValueError: if it cannot be read or holds another model.
     """
+    _check_model(path, chunks)
     with _one_line(path):
         # Only delayed scaling has a state: the largest values of the last steps. Other recipes begin afresh each step.
         model_config = chunks[0].config
@@ -158,6 +163,18 @@ def load_checkpoint(path: Path, chunks: Sequence[CosmosARModel], optimizer: Mega
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
         return dist_checkpointing.load_common_state_dict(str(path))["progress"]
+
+
+def _check_model(path: Path, chunks: Sequence[CosmosARModel]) -> None:
+    """Sees that the checkpoint holds the tensors of the whole model, no more and no less, in their sizes.
+
+    Megatron would cut off or fill up a vocabulary of another size, and leave out what the model does not have.
+    """
+    try:
+        found = original_shapes(DistributedCheckpoint(path).arch)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} cannot be loaded: {error}") from None
+    check_tensors(found, original_shapes(chunks[0].arch), f"checkpoint {path} is not of the configured model")
 
 
 def _model_state(chunks: Sequence[CosmosARModel]) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from unittest import mock
 
 import torch
 
+from cosmos_mcore.checkpoint.convert import convert
 from cosmos_mcore.checkpoint.distributed import load_checkpoint, load_weights, save_checkpoint
 from cosmos_mcore.checkpoint.load import load_any_weights
 from cosmos_mcore.checkpoint.pointer import latest_checkpoint
 from cosmos_mcore.config.derived import derive_video_layout
 from cosmos_mcore.model.builder import build_model
 from cosmos_mcore.parallel.initialize import shut_down
+from tests.checkpoint.models import random_weights, save_model
 from tests.parallel.layout_worker import set_up_without_clips, train
 from tests.parallel.layouts import BASE, config_of
 from tests.processes import children_of
@@ -35,6 +37,13 @@ DAMAGES = {
     "no common.pt": ("common.pt", Path.unlink),
     "garbage in metadata.json": ("metadata.json", lambda file: file.write_text("{")),
     "no metadata.json": ("metadata.json", Path.unlink),
+}
+
+OTHER_MODELS = {
+    "wider": {"ffn_hidden_size": 128},
+    "deeper": {"num_layers": 9},
+    "more words": {"vocab_size": 1024, "embedding_size": 1024},
+    "fewer words": {"vocab_size": 256, "embedding_size": 256},
 }
 
 
@@ -104,8 +113,13 @@ def main(folder):
         load()
         found = [torch.equal(a, b) for a, b in zip(before, weights[0].parameters(), strict=False)]
         results.setdefault("weights", []).append(all(found))
-    others = {"wider": replace(BASE, ffn_hidden_size=128), "deeper": replace(BASE, num_layers=9)}
-    results["other models"] = {name: error_of(load_weights, path, build(arch)) for name, arch in others.items()}
+    others = {name: build(replace(BASE, **sizes)) for name, sizes in OTHER_MODELS.items()}
+    results["other models"] = {name: error_of(load_weights, path, chunks) for name, chunks in others.items()}
+    save_model(folder / "v2w.pt", random_weights(replace(BASE, embedding_size=576, context_size=24)))
+    convert(folder / "v2w.pt", folder / "v2w", "distributed")
+    results["text"] = error_of(load_weights, folder / "v2w", weights)
+    with mock.patch.object(run.chunks[0], "arch", replace(BASE, vocab_size=1024)):
+        results["resumed"] = error_of(load_checkpoint, path, run.chunks, run.optimizer)
 
     results["damages"] = {}
     for name, (file, damage) in DAMAGES.items():

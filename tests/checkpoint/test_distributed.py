@@ -43,10 +43,26 @@ def test_an_interrupted_save_leaves_the_last_complete_checkpoint(results):
     assert complete == "iter_000000004"
 
 
-@pytest.mark.parametrize("other", ["wider", "deeper"])
-def test_another_model_is_refused(results, other):
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ("wider", "24 misshapen: layers.0.feed_forward.w1.weight is [96, 64], not [128, 64]"),
+        ("deeper", "11 missing: layers.8.attention.wq.weight"),
+        ("more words", "2 misshapen: tok_embeddings.weight is [512, 64], not [1024, 64]"),
+        ("fewer words", "2 misshapen: tok_embeddings.weight is [512, 64], not [256, 64]"),
+    ],
+)
+def test_another_model_is_refused(results, other, difference):
     text = results["other models"][other]
-    assert "iter_000000003 cannot be loaded into this model with megatron-core " in text and "\n" not in text
+    assert f"iter_000000003 is not of the configured model: {difference}" in text and "\n" not in text
+
+
+def test_a_model_that_reads_text_is_not_taken_for_one_that_does_not(results):
+    assert "v2w is not of the configured model: 56 unexpected: layers.0.cross_attention.wq.weight" in results["text"]
+
+
+def test_another_model_is_not_resumed(results):
+    assert "is not of the configured model: 1 misshapen: output.weight is [512, 64], not [1024, 64]" in results["resumed"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
