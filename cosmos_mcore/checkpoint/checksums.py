@@ -12,26 +12,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cosmos_mcore.checkpoint.distributed_reader import COMMON, read_metadata
+from cosmos_mcore.checkpoint.distributed_reader import COMMON, OPTIMIZER, read_metadata
 from cosmos_mcore.checkpoint.torch_file import DAMAGE
 
 _THREADS = 4  # each holds one stored tensor in memory
 _PIECE = 2**22  # bytes
 
 
-def check_checksums(path: Path, rank: int = 0, ranks: int = 1) -> None:
+def check_checksums(path: Path, rank: int = 0, ranks: int = 1, weights_only: bool = False) -> None:
     """Reads the share of one of several ranks and compares the checksums.
 
     Args:
         path: the checkpoint.
         rank: whose share; each rank reads other files.
         ranks: how many share the work.
+        weights_only: leave out what the optimizer keeps.
 
     Raises:
         ValueError: if something is missing or differs.
     """
     files: dict[str, list[Any]] = defaultdict(list)
-    for info in read_metadata(path).storage_data.values():
+    for index, info in read_metadata(path).storage_data.items():
+        if weights_only and index.fqn.startswith(OPTIMIZER):
+            continue
         files[Path(info.relative_path).name].append(info)
     if rank == 0 and (path / COMMON).is_file():
         check_archive((path / COMMON).read_bytes(), path / COMMON)

@@ -31,7 +31,7 @@ from cosmos_mcore.model.presets import ModelArch
 METADATA, COMMON = ".metadata", "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"  # where newer versions of Megatron keep what is in common.pt
 STATE_PREFIX = {WEIGHT: "", EXP_AVG: "optimizer.state.exp_avg.", EXP_AVG_SQ: "optimizer.state.exp_avg_sq."}
-_OPTIMIZER = "optimizer."
+OPTIMIZER = "optimizer."  # how all keys of its state begin
 _NEMO_PREFIX = "module."  # the NeMo port's weights have Megatron's names too, but for this
 _DCP = "torch.distributed.checkpoint."
 _ALLOWED = {
@@ -102,7 +102,7 @@ class DistributedCheckpoint(Checkpoint):
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and "_extra_state" not in name
         }
-        sizes = {name: tuple(entry.size) for name, entry in self._tensors.items() if not name.startswith(_OPTIMIZER)}
+        sizes = {name: tuple(entry.size) for name, entry in self._tensors.items() if not name.startswith(OPTIMIZER)}
         self._prefix = _NEMO_PREFIX if all(name.startswith(_NEMO_PREFIX) for name in sizes) else ""
         sizes = {name.removeprefix(self._prefix): size for name, size in sizes.items()}
         detected = _arch_of_sizes(sizes, str(path))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import Parameter
 
 from cosmos_mcore.checkpoint.architecture import check_tensors
+from cosmos_mcore.checkpoint.checksums import check_checksums
 from cosmos_mcore.checkpoint.distributed import load_weights
 from cosmos_mcore.checkpoint.names import Entry, entries, local_value, original_shapes
 from cosmos_mcore.checkpoint.pointer import is_distributed
@@ -18,6 +21,7 @@ from cosmos_mcore.checkpoint.recognize import open_checkpoint
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 from cosmos_mcore.model.init import initial_tensor
 from cosmos_mcore.model.presets import ModelArch
+from cosmos_mcore.parallel.agreement import errors_of_all
 
 
 def global_parameters(chunks: Sequence[CosmosARModel]) -> Iterator[tuple[str, Parameter]]:
@@ -64,6 +68,11 @@ def load_any_weights(path: Path, arch: ModelArch, chunks: Sequence[CosmosARModel
         ValueError: if there is nothing to load, or it is damaged, unsafe, or another model; lists what differs.
     """
     if is_distributed(path):
+        # Each rank reads its part of the values without comparing anything, so bytes are compared first.
+        check = partial(check_checksums, path, dist.get_rank(), dist.get_world_size(), weights_only=True)
+        errors, _ = errors_of_all(check)
+        if errors:
+            raise ValueError(f"checkpoint {path} cannot be loaded: {errors[0]}")
         load_weights(path, chunks)
         return
     checkpoint = open_checkpoint(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cosmos_mcore.checkpoint.distributed import load_checkpoint
 from cosmos_mcore.checkpoint.files import remove
 from cosmos_mcore.checkpoint.pointer import LATEST, candidates, write_latest
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
-from cosmos_mcore.parallel.agreement import from_rank_zero, gather_to_all
+from cosmos_mcore.parallel.agreement import errors_of_all, from_rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +37,10 @@ def resume(folder: Path, chunks: Sequence[CosmosARModel], optimizer: MegatronOpt
     first_error: str | None = None
     bad: list[Path] = []
     for path in from_rank_zero(candidates(folder) if dist.get_rank() == 0 else None):
-        errors, _ = _errors_of_all(partial(check_checksums, path, dist.get_rank(), dist.get_world_size()))
+        errors, _ = errors_of_all(partial(check_checksums, path, dist.get_rank(), dist.get_world_size()))
         if not errors:
             logger.info("resuming from %s", path)
-            errors, progress = _errors_of_all(partial(load_checkpoint, path, chunks, optimizer))
+            errors, progress = errors_of_all(partial(load_checkpoint, path, chunks, optimizer))
         if not errors:
             if dist.get_rank() == 0:
                 _set_aside(folder, bad, path)
@@ -54,16 +54,6 @@ def resume(folder: Path, chunks: Sequence[CosmosARModel], optimizer: MegatronOpt
     if first_error is not None:
         raise ValueError(first_error)
     return None
-
-
-def _errors_of_all(work: Callable[[], Any]) -> tuple[list[str], Any]:
-    """What any rank's ``ValueError`` says, and this rank's result."""
-    error, result = None, None
-    try:
-        result = work()
-    except ValueError as mistake:
-        error = str(mistake)
-    return [text for text in gather_to_all(error) if text is not None], result
 
 
 def _set_aside(folder: Path, bad: Sequence[Path], good: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,3 +49,13 @@ def gather_to_all(value: Any) -> list[Any]:
     boxes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(boxes, value, group=control_group())
     return boxes
+
+
+def errors_of_all(work: Callable[[], Any]) -> tuple[list[str], Any]:
+    """What any rank's ``ValueError`` says, and this rank's result."""
+    error, result = None, None
+    try:
+        result = work()
+    except ValueError as mistake:
+        error = str(mistake)
+    return [text for text in gather_to_all(error) if text is not None], result

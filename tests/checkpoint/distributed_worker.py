@@ -9,9 +9,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from cosmos_mcore.checkpoint.convert import convert
 from cosmos_mcore.checkpoint.distributed import load_checkpoint, load_weights, save_checkpoint
+from cosmos_mcore.checkpoint.distributed_reader import read_metadata
 from cosmos_mcore.checkpoint.load import load_any_weights
 from cosmos_mcore.checkpoint.pointer import latest_checkpoint
 from cosmos_mcore.config.derived import derive_video_layout
@@ -25,6 +27,17 @@ from tests.processes import children_of
 
 def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path, prefix):
+    """Flips a bit in the middle of a stored output layer."""
+    index = MetadataIndex(prefix + "output_layer.weight", [0, 0])
+    info = read_metadata(path).storage_data[index]
+    with open(path / info.relative_path, "r+b") as file:
+        file.seek(info.offset + info.length // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
 
 
 # Description: (file, what is done to it). The newest Megatron-Core writes no common.pt.
@@ -113,6 +126,10 @@ def main(folder):
         load()
         found = [torch.equal(a, b) for a, b in zip(before, weights[0].parameters(), strict=False)]
         results.setdefault("weights", []).append(all(found))
+    copy = shutil.copytree(path, folder / "flipped")
+    for kind in ("optimizer.state.exp_avg.", ""):
+        flip(copy, kind)
+        results[f"flipped {kind}"] = error_of(load_any_weights, copy, BASE, weights)
     others = {name: build(replace(BASE, **sizes)) for name, sizes in OTHER_MODELS.items()}
     results["other models"] = {name: error_of(load_weights, path, chunks) for name, chunks in others.items()}
     save_model(folder / "v2w.pt", random_weights(replace(BASE, embedding_size=576, context_size=24)))

@@ -37,6 +37,12 @@ def test_weights_alone(results):
     assert results["weights"] == [True, True]
 
 
+def test_weights_to_start_from_are_compared_with_their_checksums(results):
+    assert results["flipped optimizer.state.exp_avg."] == "no error"  # not read
+    text = results["flipped "]
+    assert "flipped cannot be loaded: " in text and "is damaged: its bytes do not match their checksum" in text
+
+
 def test_an_interrupted_save_leaves_the_last_complete_checkpoint(results):
     *interrupted, complete = results["interrupted"].values()
     assert interrupted == ["iter_000000003"] * 4
@@ -62,7 +68,9 @@ def test_a_model_that_reads_text_is_not_taken_for_one_that_does_not(results):
 
 
 def test_another_model_is_not_resumed(results):
-    assert "is not of the configured model: 1 misshapen: output.weight is [512, 64], not [1024, 64]" in results["resumed"]
+    assert (
+        "is not of the configured model: 1 misshapen: output.weight is [512, 64], not [1024, 64]" in results["resumed"]
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
