@@ -61,13 +61,14 @@ def write_distributed(
         The files.
 
     Raises:
-        ValueError: if the model cannot be cut so, or the folder exists.
+        ValueError: if the model cannot be cut so, tensors that become one differ in dtype, or the folder exists.
     """
     arch, tp, pp = checkpoint.arch, tensor_parallel_size, pipeline_parallel_size
     check_tensor_parallel_size(checkpoint, tp)
     if pp < 1 or arch.num_layers % pp:
         raise ValueError(f"--pipeline_parallel_size {pp} does not divide the {arch.num_layers} layers of the model")
     names = [f"__{rank}_0.distcp" for rank in range(tp * pp)]
+    _check_dtypes(checkpoint)
     sizes = stacked_sizes(arch)
     metadata = Metadata(state_dict_metadata={}, storage_data={})
     with new_folder(folder, force) as temporary:
@@ -92,6 +93,16 @@ def write_distributed(
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (temporary / _CONFIG).write_text(json.dumps({**config, "common_backend": "torch", "common_backend_version": 1}))
     return [folder / name for name in (*names, METADATA, COMMON, _CONFIG)]
+
+
+def _check_dtypes(checkpoint: Checkpoint) -> None:
+    """The layers of a parameter, and what is fused to it, are one stored tensor."""
+    first: dict[str, str] = {}
+    for entry in entries(checkpoint.arch):
+        for name in entry.originals:
+            other = first.setdefault(stacked_name(entry.ours)[0], name)
+            if checkpoint.dtype(name) != checkpoint.dtype(other):
+                raise ValueError(f"{checkpoint.path}: {other} and {name} differ in dtype: cannot be joined")
 
 
 def _parameters(checkpoint: Checkpoint) -> Iterator[_Item]:
