@@ -9,7 +9,7 @@ unpickles whatever ``.metadata`` holds; ours does not.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,19 @@ from torch.distributed.checkpoint.metadata import (
 
 from cosmos_mcore.checkpoint.architecture import arch_of_size, check_tensors
 from cosmos_mcore.checkpoint.names import entries, original_shapes, ours_shape, stacked_name, unfuse
-from cosmos_mcore.checkpoint.reader import EXP_AVG, EXP_AVG_SQ, WEIGHT, Checkpoint, TrainingState
+from cosmos_mcore.checkpoint.reader import EXP_AVG, EXP_AVG_SQ, MASTER, WEIGHT, Checkpoint, TrainingState
 from cosmos_mcore.checkpoint.torch_file import TorchFile, load_bytes
 from cosmos_mcore.model.presets import ModelArch
 
 METADATA, COMMON = ".metadata", "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"  # where newer versions of Megatron keep what is in common.pt
-STATE_PREFIX = {WEIGHT: "", EXP_AVG: "optimizer.state.exp_avg.", EXP_AVG_SQ: "optimizer.state.exp_avg_sq."}
+STATE_PREFIX = {
+    WEIGHT: "",
+    EXP_AVG: "optimizer.state.exp_avg.",
+    EXP_AVG_SQ: "optimizer.state.exp_avg_sq.",
+    MASTER: "optimizer.state.param.",
+}
+_UNSHARDED_MASTER = "optimizer.state.fp32_param."  # what Megatron calls them without its distributed optimizer
 OPTIMIZER = "optimizer."  # how all keys of its state begin
 _NEMO_PREFIX = "module."  # the NeMo port's weights have Megatron's names too, but for this
 _DCP = "torch.distributed.checkpoint."
@@ -110,8 +116,12 @@ class DistributedCheckpoint(Checkpoint):
         check_tensors(sizes, stacked_sizes(self.arch), str(path))
         self._entries = {name: entry for entry in entries(self.arch) for name in entry.originals}
         self._fused: dict[tuple[str, str], list[Tensor]] = {}
-        if all(prefix + name in self._tensors for prefix in STATE_PREFIX.values() for name in sizes):
+        self._state_prefix = dict(STATE_PREFIX)
+        if _UNSHARDED_MASTER + next(iter(sizes)) in self._tensors:
+            self._state_prefix[MASTER] = _UNSHARDED_MASTER
+        if self._has(EXP_AVG, sizes) and self._has(EXP_AVG_SQ, sizes):
             self.training = self._training_state()
+            self.has_master = self._has(MASTER, sizes)
 
     @property
     def files(self) -> set[Path]:
@@ -162,7 +172,10 @@ class DistributedCheckpoint(Checkpoint):
         return full if layer is None else full[0]
 
     def _key(self, name: str, state: str) -> str:
-        return STATE_PREFIX[state] + self._prefix + name
+        return self._state_prefix[state] + self._prefix + name
+
+    def _has(self, state: str, names: Iterable[str]) -> bool:
+        return all(self._key(name, state) in self._tensors for name in names)
 
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         data, where = self._read_bytes(MetadataIndex(key, chunk.offsets))
@@ -193,11 +206,14 @@ class DistributedCheckpoint(Checkpoint):
     def _training_state(self) -> TrainingState | None:
         common = self._common()
         try:
-            (group,) = common["optimizer"]["optimizer"]["param_groups"]
+            optimizer = common["optimizer"]
+            optimizer = optimizer.get("optimizer", optimizer)  # a float32 model's, not distributed, stands alone
+            (group,) = optimizer["param_groups"]
             progress = common["progress"]
-            step = group.get("step", progress["iteration"])
+            step = group["step"] if "step" in group else optimizer["state"]["common_step"]
             kept = {key: value for key, value in group.items() if key not in ("params", "step")}
-            return TrainingState(int(progress["iteration"]), float(step), kept)
+            consumed = progress.get("consumed_samples")
+            return TrainingState(int(progress["iteration"]), float(step), kept, consumed_samples=consumed)
         except (KeyError, TypeError, ValueError, AttributeError):
             return None  # moments of a run of some other program
 

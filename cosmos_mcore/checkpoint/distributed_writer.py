@@ -27,11 +27,10 @@ from cosmos_mcore.checkpoint.distributed_reader import COMMON, METADATA, STATE_P
 from cosmos_mcore.checkpoint.files import ahead, new_folder
 from cosmos_mcore.checkpoint.names import Entry, entries, fuse, shard, stacked_name
 from cosmos_mcore.checkpoint.original import check_tensor_parallel_size
-from cosmos_mcore.checkpoint.reader import MOMENTS, WEIGHT, Checkpoint, TrainingState
+from cosmos_mcore.checkpoint.reader import MASTER, MOMENTS, WEIGHT, Checkpoint, TrainingState
 from cosmos_mcore.checkpoint.torch_file import TorchFileWriter
 from cosmos_mcore.model.presets import ModelArch
 
-_MASTER_PREFIX = "optimizer.state.param."  # float32 weights
 _CONFIG = "metadata.json"
 _Item = tuple[Entry, str, str, "torch.dtype | None"]
 
@@ -42,9 +41,8 @@ def write_distributed(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     force: bool = False,
-    consumed_samples: int | None = None,
 ) -> list[Path]:
-    """Writes a distributed checkpoint, with Adam's moments where ``checkpoint`` has them.
+    """Writes a distributed checkpoint, with the optimizer's state where ``checkpoint`` has it.
 
     Any parallel layout can load it; the sizes only choose the chunks, so that ranks of that layout read no more than
     their own.
@@ -55,7 +53,6 @@ def write_distributed(
         tensor_parallel_size: chunks that each tensor is cut in.
         pipeline_parallel_size: groups of layers that lie in files of their own.
         force: replace an existing folder.
-        consumed_samples: how far the data was read, for a resume; None: one sample per iteration.
 
     Returns:
         The files.
@@ -88,7 +85,7 @@ def write_distributed(
                     checkpoint.release(name, state)
         with open(temporary / METADATA, "wb") as file:
             pickle.dump(metadata, file)
-        with TorchFileWriter(temporary / COMMON, _common_state(checkpoint.training, consumed_samples)):
+        with TorchFileWriter(temporary / COMMON, _common_state(checkpoint.training)):
             pass  # it holds no tensors
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (temporary / _CONFIG).write_text(json.dumps({**config, "common_backend": "torch", "common_backend_version": 1}))
@@ -110,7 +107,7 @@ def _parameters(checkpoint: Checkpoint) -> Iterator[_Item]:
     for entry in entries(checkpoint.arch):
         yield entry, STATE_PREFIX[WEIGHT], WEIGHT, None
         if checkpoint.training is not None:
-            yield entry, _MASTER_PREFIX, WEIGHT, torch.float32
+            yield entry, STATE_PREFIX[MASTER], MASTER if checkpoint.has_master else WEIGHT, torch.float32
             for state in MOMENTS:
                 yield entry, STATE_PREFIX[state], state, torch.float32
 
@@ -156,11 +153,11 @@ def _record(
     metadata.storage_data[MetadataIndex(key, offsets)] = info
 
 
-def _common_state(training: TrainingState | None, consumed_samples: int | None) -> dict[str, Any]:
+def _common_state(training: TrainingState | None) -> dict[str, Any]:
     """What Megatron keeps beside tensors; the optimizer's settings as its distributed optimizer looks for them."""
     if training is None:
         return {}
-    given = training.param_group
+    given, consumed = training.param_group, training.consumed_samples
     group = {
         "wd_mult": 1.0,
         "lr_mult": 1.0,
@@ -174,6 +171,7 @@ def _common_state(training: TrainingState | None, consumed_samples: int | None) 
         "optimizer": {"optimizer": {"param_groups": [group]}, "param_state_sharding_type": "fully_reshardable"},
         "progress": {
             "iteration": training.iteration,
-            "consumed_samples": training.iteration if consumed_samples is None else consumed_samples,
+            # The original does not say, and has one clip per iteration.
+            "consumed_samples": training.iteration if consumed is None else consumed,
         },
     }

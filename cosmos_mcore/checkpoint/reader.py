@@ -21,7 +21,7 @@ from cosmos_mcore.model.presets import ModelArch
 
 logger = logging.getLogger(__name__)
 
-WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+WEIGHT, EXP_AVG, EXP_AVG_SQ, MASTER = "weight", "exp_avg", "exp_avg_sq", "master"
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 # Replicated tensors of one model may differ between tensor-parallel ranks, since the original never sums the gradients
 # of the q/k-norms over them; this much is averaged away, as its merge tool does (spec/checkpoint.md section 3).
@@ -37,12 +37,14 @@ class TrainingState:
         step: Adam's step count.
         param_group: hyperparameters of the optimizer (``lr``, ``betas``, ``eps``, ``weight_decay`` ...).
         scheduler: the original's scheduler state; empty where the layout has none.
+        consumed_samples: how far the data was read; None where the layout does not say.
     """
 
     iteration: int
     step: float
     param_group: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    consumed_samples: int | None = None
 
 
 class Checkpoint(ABC):
@@ -53,12 +55,14 @@ class Checkpoint(ABC):
         layout: ``monolithic``, ``mp``, ``te``, ``safetensors``, ``distributed`` or ``training``.
         arch: the model.
         training: progress and hyperparameters if Adam's moments are there, else None.
+        has_master: whether the float32 weights that an optimizer keeps are there, too.
     """
 
     path: Path
     layout: str
     arch: ModelArch
     training: TrainingState | None = None
+    has_master: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -80,7 +84,7 @@ class Checkpoint(ABC):
 
         Args:
             name: the original's name.
-            state: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
+            state: ``weight``, ``exp_avg``, ``exp_avg_sq`` or ``master``.
 
         Raises:
             ValueError: naming file and tensor, if the bytes are damaged.

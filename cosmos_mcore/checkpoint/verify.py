@@ -13,7 +13,7 @@ from cosmos_mcore.checkpoint.architecture import check_tensors, describe
 from cosmos_mcore.checkpoint.files import ahead
 from cosmos_mcore.checkpoint.load import set_weights
 from cosmos_mcore.checkpoint.names import original_shapes
-from cosmos_mcore.checkpoint.reader import MOMENTS, WEIGHT, Checkpoint
+from cosmos_mcore.checkpoint.reader import MASTER, MOMENTS, WEIGHT, Checkpoint
 from cosmos_mcore.checkpoint.recognize import open_checkpoint
 from cosmos_mcore.checkpoint.torch_file import tensor_bytes
 from cosmos_mcore.config.derived import VideoLayout
@@ -78,7 +78,7 @@ class Report:
 def verify(source: Path, output: Path, model_size: str = "auto") -> Report:
     """Re-reads both checkpoints tensor by tensor and compares them; runs the model if it fits into memory.
 
-    Adam's moments are compared where both have them, in the dtype of the output.
+    What an optimizer keeps is compared where both have it, Adam's moments in the dtype of the output.
 
     Raises:
         ValueError: if one cannot be opened, or they hold different models.
@@ -95,6 +95,8 @@ def verify(source: Path, output: Path, model_size: str = "auto") -> Report:
 def _compare(first: Checkpoint, second: Checkpoint, report: Report) -> None:
     digests = (hashlib.sha256(), hashlib.sha256())
     states = (WEIGHT, *MOMENTS) if first.training and second.training else (WEIGHT,)
+    if first.has_master and second.has_master:
+        states = (*states, MASTER)
     items = [(name, state) for name in first.names for state in states]
     for name, state, one, other in ahead((*item, first.read(*item), second.read(*item)) for item in items):
         if state in MOMENTS:

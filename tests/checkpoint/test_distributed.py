@@ -82,6 +82,22 @@ def test_a_damaged_checkpoint_is_one_sentence(results, damage):
     assert not text.startswith("not a ValueError") and text != "no error"
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted")
+    run_ranks("tests.checkpoint.conversion_worker", 1, folder)
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("run", ["one bf16", "one-unsharded bf16", "one-unsharded fp32"])
+def test_a_conversion_keeps_all_that_a_resume_needs(converted, run):
+    found = converted[run]
+    assert found["progress"] == {"iteration": 5, "consumed_samples": 24}
+    assert found["step"] == found["moments"] == 2
+    assert found["exact"] == ("bf16" in run)  # there are float32 weights beside those of the model
+    assert found["different"] == []
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Five complete checkpoints, one that is being written, and other files."""
