@@ -40,13 +40,18 @@ def existing_shards(base: Path, kind: str = "model") -> list[Path]:
     Raises:
         ValueError: if their ranks are not 0 to N-1 with N = 1, 2, 4 or 8.
     """
-    pattern = re.compile(re.escape(base.stem) + rf"_{kind}_mp_(\d+)\.pt")
-    folder = base.parent.iterdir() if base.parent.is_dir() else ()
-    ranks = sorted(int(match.group(1)) for match in (pattern.fullmatch(path.name) for path in folder) if match)
+    ranks = sorted(int(path.stem.rpartition("_")[2]) for path in files_of_ranks(base, kind))
     if ranks and (ranks != list(range(len(ranks))) or len(ranks) not in TENSOR_PARALLEL_SIZES):
         absent = next((rank for rank in range(max(ranks) + 1) if rank not in ranks), max(ranks) + 1)
         raise ValueError(f"{shard_path(base, absent, kind)} is missing: found shards {ranks} of {base.name}")
     return [shard_path(base, rank, kind) for rank in ranks]
+
+
+def files_of_ranks(base: Path, *kinds: str) -> list[Path]:
+    """All files ``X_{kind}_mp_{rank}.pt`` of ``X.pt`` that are there, whatever their ranks; no others, however named."""
+    pattern = re.compile(re.escape(base.stem) + rf"_({'|'.join(kinds)})_mp_\d+\.pt")
+    folder = base.parent.iterdir() if base.parent.is_dir() else ()
+    return [path for path in folder if pattern.fullmatch(path.name)]
 
 
 def open_original(paths: Sequence[Path], base: Path, model_size: str = "auto") -> FilesCheckpoint:
@@ -161,7 +166,7 @@ def write_original(
     structure: dict[str, Any] = {prefix + name: spec for name, spec in specs.items()}
     if form == "nested":
         structure = {"model": structure}
-    stale = list(path.parent.glob(f"{path.stem}_model_mp_*.pt")) if sharded else []
+    stale = files_of_ranks(path, "model") if sharded else []
     with new_files(paths, force, stale) as temporary, ExitStack() as stack:
         writers = [stack.enter_context(TorchFileWriter(file, structure)) for file in temporary]
         write_tensors(checkpoint, stored, writers)

@@ -20,6 +20,7 @@ from cosmos_mcore.checkpoint.names import shard, stored_tensors
 from cosmos_mcore.checkpoint.original import (
     PREFIX,
     check_tensor_parallel_size,
+    files_of_ranks,
     naming_of,
     part_specs,
     shard_path,
@@ -31,6 +32,7 @@ from cosmos_mcore.checkpoint.reader import MOMENTS, Checkpoint, FilesCheckpoint,
 from cosmos_mcore.checkpoint.torch_file import TensorSpec, TorchFile, TorchFileWriter
 
 _STEP = "step"
+_KINDS = ("model", "optim", "scheduler")  # of the files of each rank
 _TRAINER_KEYS = {"iteration", "grad_scaler"}
 # What torch's AdamW keeps per group, with its defaults.
 _ADAMW: dict[str, Any] = {
@@ -141,10 +143,10 @@ def write_training(
         files = [base]
         structures: list[Any] = [{"model": model, "optimizer": optimizer, "scheduler": scheduler, **trainer}]
     else:
-        files = [shard_path(base, rank, kind) for kind in ("model", "optim", "scheduler") for rank in range(size)]
+        files = [shard_path(base, rank, kind) for kind in _KINDS for rank in range(size)]
         files.append(base)
         structures = [model] * size + [optimizer] * size + [scheduler] * size + [trainer]
-    stale = [path for path in folder.glob(f"{base.stem}_*_mp_*.pt")]
+    stale = files_of_ranks(base, *_KINDS)
     with new_files(files, force, stale) as temporary, ExitStack() as stack:
         pairs = zip(temporary, structures, strict=True)
         writers = [stack.enter_context(TorchFileWriter(file, structure)) for file, structure in pairs]

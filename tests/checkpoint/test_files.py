@@ -5,8 +5,17 @@ import torch
 
 from cosmos_mcore.checkpoint.convert import convert
 from tests.checkpoint.models import random_weights, reduced, save_model
+from tests.checkpoint.training_files import write_original
 
 ARCH = reduced("4b")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The original's training folder."""
+    folder = tmp_path_factory.mktemp("original") / "run"
+    write_original(folder, ARCH)
+    return folder
 
 
 @pytest.mark.parametrize("name", ["layers.1.feed_forward.w3.weight", "layers.2.attention.wo.weight"])
@@ -19,3 +28,17 @@ def test_what_is_stored_as_one_tensor_has_one_dtype(tmp_path, name):
     assert not (tmp_path / "out").exists()
     convert(tmp_path / "model.pt", tmp_path / "out.pt", "monolithic")
     assert torch.load(tmp_path / "out.pt", weights_only=True)["model." + name].dtype is torch.float32
+
+
+@pytest.mark.parametrize("to", ["mp", "training"])
+def test_only_what_the_new_files_replace_is_removed(tmp_path, run, to):
+    output = tmp_path / ("checkpoints" if to == "training" else "a[1].pt")
+    stem = output / "iter_000000003" if to == "training" else output.with_name("a[1]")
+    convert(run, output, to, tensor_parallel_size=4)
+    others = [stem.with_name(f"{stem.name}{end}.pt") for end in ("_model_mp_0_mine", "_ema_mp_0", "_model_mp_x")]
+    for path in others:
+        path.write_text("mine")
+    convert(run, output, to, tensor_parallel_size=2, force=True)
+    assert all(path.exists() for path in others)
+    shards = [stem.with_name(f"{stem.name}_model_mp_{rank}.pt").exists() for rank in range(4)]
+    assert shards == [True, True, False, False]
