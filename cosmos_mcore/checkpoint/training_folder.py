@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_mcore.checkpoint.files import flush, new_files
+from cosmos_mcore.checkpoint.files import flush, new_files, refuse_existing
 from cosmos_mcore.checkpoint.names import shard, stored_tensors
 from cosmos_mcore.checkpoint.original import (
     PREFIX,
@@ -132,6 +132,8 @@ def write_training(
     if checkpoint.training is None:
         raise ValueError(f"{checkpoint.path} holds no optimizer state, so it cannot become a training checkpoint")
     check_tensor_parallel_size(checkpoint, tensor_parallel_size)
+    if write_latest:  # it may name another checkpoint, of either format, from which a run is to go on
+        refuse_existing([folder / LATEST], force)
     training, size = checkpoint.training, tensor_parallel_size
     base = folder / f"iter_{training.iteration:09d}.pt"
     stored = stored_tensors(checkpoint.arch, "originals")

@@ -42,3 +42,13 @@ def test_only_what_the_new_files_replace_is_removed(tmp_path, run, to):
     assert all(path.exists() for path in others)
     shards = [stem.with_name(f"{stem.name}_model_mp_{rank}.pt").exists() for rank in range(4)]
     assert shards == [True, True, False, False]
+
+
+def test_a_pointer_to_another_checkpoint_is_kept_without_force(tmp_path, run):
+    pointer = tmp_path / "latest_checkpoint.txt"
+    pointer.write_text("iter_000000008\n")
+    with pytest.raises(ValueError, match="latest_checkpoint.txt exists already; give --force to replace it"):
+        convert(run, tmp_path, "training")
+    assert pointer.read_text() == "iter_000000008\n" and list(tmp_path.iterdir()) == [pointer]
+    convert(run, tmp_path, "training", force=True)
+    assert pointer.read_text() == "iter_000000003.pt\n"
