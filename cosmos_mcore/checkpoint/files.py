@@ -76,6 +76,7 @@ def new_folder(path: Path, force: bool) -> Iterator[Path]:
             for file in (*temporary.iterdir(), temporary):
                 flush(file)
             if path.exists():
+                remove(old)  # what a command that was killed has left; all of it is in ``path``
                 os.replace(path, old)
             try:
                 os.replace(temporary, path)

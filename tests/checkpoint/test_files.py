@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cosmos_mcore.checkpoint.convert import convert
+from cosmos_mcore.checkpoint.recognize import open_checkpoint
 from tests.checkpoint.models import random_weights, reduced, save_model
 from tests.checkpoint.training_files import write_original
 
@@ -52,3 +53,15 @@ def test_a_pointer_to_another_checkpoint_is_kept_without_force(tmp_path, run):
     assert pointer.read_text() == "iter_000000008\n" and list(tmp_path.iterdir()) == [pointer]
     convert(run, tmp_path, "training", force=True)
     assert pointer.read_text() == "iter_000000003.pt\n"
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_a_killed_replacement_has_left_is_in_nobodys_way(tmp_path, run, complete):
+    output, old = tmp_path / "out", tmp_path / "out.replaced"
+    convert(run, output if complete else old, "safetensors")
+    if complete:  # killed while it removed the old folder
+        old.mkdir()
+        (old / "model.safetensors").touch()
+    convert(run, output, "safetensors", force=True)
+    assert list(tmp_path.iterdir()) == [output]
+    assert open_checkpoint(output).layout == "safetensors"
