@@ -140,7 +140,7 @@ def _yarn(value: dict[str, Any] | None) -> Yarn | None:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file() and path.suffix == ".safetensors":
+    if not path.is_dir() and path.name != INDEX:
         return [path]
     folder = path if path.is_dir() else path.parent
     index = folder / INDEX

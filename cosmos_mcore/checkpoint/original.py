@@ -110,7 +110,10 @@ def state_dict(file: TorchFile) -> dict[str, FileTensor]:
             continue
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{file.path}: {name} is a {type(value).__name__}, not a tensor")
-        tensors[name.removeprefix(PREFIX)] = FileTensor(value, file)
+        short = name.removeprefix(PREFIX)
+        if short in tensors:
+            raise ValueError(f"{file.path}: {short} is there twice, with and without {PREFIX!r}; which one is it to be?")
+        tensors[short] = FileTensor(value, file)
     return tensors
 
 

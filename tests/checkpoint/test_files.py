@@ -65,3 +65,18 @@ def test_what_a_killed_replacement_has_left_is_in_nobodys_way(tmp_path, run, com
     convert(run, output, "safetensors", force=True)
     assert list(tmp_path.iterdir()) == [output]
     assert open_checkpoint(output).layout == "safetensors"
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    weights = random_weights(ARCH)
+    torch.save({**weights, "model.norm.weight": weights["norm.weight"] * 2}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt: norm.weight is there twice, with and without 'model.'"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
+def test_no_other_file_is_taken_for_one_that_does_not_exist(tmp_path, run):
+    convert(run, tmp_path / "out", "safetensors")
+    for name in ("ema.safetensors", "modle.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: No such file or directory"):
+            open_checkpoint(tmp_path / "out" / name)
+    assert open_checkpoint(tmp_path / "out" / "model.safetensors").layout == "safetensors"
