@@ -112,7 +112,9 @@ def state_dict(file: TorchFile) -> dict[str, FileTensor]:
             raise ValueError(f"{file.path}: {name} is a {type(value).__name__}, not a tensor")
         short = name.removeprefix(PREFIX)
         if short in tensors:
-            raise ValueError(f"{file.path}: {short} is there twice, with and without {PREFIX!r}; which one is it to be?")
+            raise ValueError(
+                f"{file.path}: {short} is there twice, with and without {PREFIX!r}; which one is it to be?"
+            )
         tensors[short] = FileTensor(value, file)
     return tensors
 

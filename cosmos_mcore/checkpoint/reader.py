@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ, MASTER = "weight", "exp_avg", "exp_avg_sq", "master"
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # FP8 and integers mean nothing without scales
 # Replicated tensors of one model may differ between tensor-parallel ranks, since the original never sums the gradients
 # of the q/k-norms over them; this much is averaged away, as its merge tool does (spec/checkpoint.md section 3).
 _REPLICA_ATOL, _REPLICA_RTOL = 5e-2, 0.1
@@ -182,7 +183,7 @@ class FilesCheckpoint(Checkpoint):
             model_size: as ``--model_size``.
 
         Raises:
-            ValueError: if tensors are missing, unexpected or misshapen.
+            ValueError: if tensors are missing, unexpected, misshapen or no floating-point numbers.
         """
         self.path, self.layout = path, layout
         full = _full_shapes(ranks[0], naming, len(ranks))
@@ -194,6 +195,8 @@ class FilesCheckpoint(Checkpoint):
             files = sorted({str(entry.file.path) for entry in tensors.values()})
             check_tensors({name: tuple(entry.tensor.shape) for name, entry in tensors.items()}, expected, files[0])
             for name, entry in tensors.items():
+                if entry.tensor.dtype not in _FLOATS:
+                    raise ValueError(f"{entry.file.path}: {name} is {entry.tensor.dtype}, which is no dtype of weights")
                 if entry.tensor.dtype != ranks[0][name].tensor.dtype:
                     raise ValueError(f"{files[0]}: {name} is {entry.tensor.dtype}, unlike in the first shard")
         self._stored = {name: tensor for tensor in stored for name in tensor.originals}

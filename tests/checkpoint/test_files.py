@@ -80,3 +80,11 @@ def test_no_other_file_is_taken_for_one_that_does_not_exist(tmp_path, run):
         with pytest.raises(ValueError, match=f"{name} cannot be read: No such file or directory"):
             open_checkpoint(tmp_path / "out" / name)
     assert open_checkpoint(tmp_path / "out" / "model.safetensors").layout == "safetensors"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.float8_e4m3fn])
+def test_weights_are_floating_point_numbers(tmp_path, dtype):
+    weights = {name: (tensor * 100).to(dtype) for name, tensor in random_weights(ARCH).items()}
+    save_model(tmp_path / "model.pt", weights)
+    with pytest.raises(ValueError, match=f"model.pt: tok_embeddings.weight is {dtype}, which is no dtype of weights"):
+        open_checkpoint(tmp_path / "model.pt")
