@@ -10,24 +10,29 @@ stands still. ``background.py`` writes instead, and needs neither.
 from __future__ import annotations
 
 import inspect
+import io
 import logging
+import os
 import queue
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from cosmos_mcore.checkpoint.distributed_reader import COMMON
 from cosmos_mcore.checkpoint.pieces import Box
+
+_MEMORY = "/dev/shm"
 
 
 @dataclass
@@ -71,11 +76,14 @@ def plan_save(state: dict[str, Any], check: bool) -> Plan:
     save = dist_checkpointing.save
     options = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
     strategy = _PlanOnly("torch_dist", 1, thread_count=1)
+    files: dict[str, bytes] = {}
     # Megatron wants a folder, and some versions put a small file there; a full disk must not end the save here, on one
-    # rank alone. Its queue would be a process of its own, which nobody needs.
+    # rank alone. So the file goes elsewhere, and the folder is one in memory, which can be made on a full disk, too.
+    # Megatron's queue would be a process of its own, which nobody needs.
     with (
-        tempfile.TemporaryDirectory(prefix="cosmos_mcore_plan_") as folder,
+        tempfile.TemporaryDirectory(prefix="cosmos_mcore_plan_", dir=_in_memory()) as folder,
         mock.patch.object(filesystem_async, make_queue, queue.Queue),
+        _common_in(files),
     ):
         save(
             state,
@@ -85,8 +93,6 @@ def plan_save(state: dict[str, Any], check: bool) -> Plan:
             async_sharded_save=True,
             **options,
         )
-        common = Path(folder) / COMMON
-        files = {COMMON: common.read_bytes()} if common.is_file() else {}
     plan = Plan(files=files, metadata=strategy.metadata)
     plan.config = CheckpointingConfig(strategy.backend, strategy.version)
     if plan.metadata is not None and hasattr(plan.metadata, "all_local_plans"):
@@ -95,6 +101,27 @@ def plan_save(state: dict[str, Any], check: bool) -> Plan:
         plan.objects += [(item.index, data.getvalue()) for item, data in objects]
         plan.boxes += [_box(item, tensor) for item, tensor in tensors]
     return plan
+
+
+def _in_memory() -> str | None:
+    return _MEMORY if os.access(_MEMORY, os.W_OK) else None
+
+
+@contextmanager
+def _common_in(files: dict[str, bytes]) -> Iterator[None]:
+    """Puts what some versions write to ``common.pt`` into ``files`` instead."""
+    strategy = getattr(common, "TorchCommonSaveStrategy", None)
+    if strategy is None:
+        yield
+        return
+
+    def keep(_: Any, state: Any, folder: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        files[COMMON] = buffer.getvalue()
+
+    with mock.patch.object(strategy, "save_common", keep):
+        yield
 
 
 def _box(item: Any, tensor: torch.Tensor) -> Box:

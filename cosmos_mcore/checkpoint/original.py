@@ -48,7 +48,7 @@ def existing_shards(base: Path, kind: str = "model") -> list[Path]:
 
 
 def files_of_ranks(base: Path, *kinds: str) -> list[Path]:
-    """All files ``X_{kind}_mp_{rank}.pt`` of ``X.pt`` that are there, whatever their ranks; no others, however named."""
+    """All files ``X_{kind}_mp_{rank}.pt`` of ``X.pt`` that are there, whatever their ranks, and no others."""
     pattern = re.compile(re.escape(base.stem) + rf"_({'|'.join(kinds)})_mp_\d+\.pt")
     folder = base.parent.iterdir() if base.parent.is_dir() else ()
     return [path for path in folder if pattern.fullmatch(path.name)]

@@ -1,5 +1,6 @@
 """What the process of ``test_distributed.py`` runs: ``python -m tests.checkpoint.distributed_worker FOLDER``."""
 
+import errno
 import json
 import os
 import shutil
@@ -86,6 +87,13 @@ def interrupted_saves(run):
     return found
 
 
+def no_room_for_files(content, place, save=torch.save):
+    """As ``torch.save`` where the disk of temporary files is full."""
+    if isinstance(place, (str, Path)):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
+    save(content, place)
+
+
 def state_of(run):
     """Copies of all weights and of Adam's moments and step counts."""
     weights = [parameter.detach().clone() for parameter in run.chunks[0].parameters()]
@@ -146,6 +154,9 @@ def main(folder):
         damage(copy / file)
         results["damages"][name] = error_of(load_checkpoint, copy, run.chunks, run.optimizer)
         shutil.rmtree(copy)
+    with mock.patch.object(torch, "save", no_room_for_files):
+        path = save_checkpoint(folder / "no room", 3, run.chunks, run.optimizer, asdict(run.progress))
+    results["no room"] = load_checkpoint(path, run.chunks, run.optimizer) == asdict(run.progress)
     results["interrupted"] = interrupted_saves(run)
     (folder / "results.json").write_text(json.dumps(results))
     shut_down()

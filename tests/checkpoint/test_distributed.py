@@ -26,6 +26,10 @@ def test_a_save_starts_no_process(results):
     assert results["children"] == []  # one that was spawned would outlive a rank that is killed
 
 
+def test_a_plan_needs_no_room_for_temporary_files(results):
+    assert results["no room"]
+
+
 def test_weights_and_optimizer_come_back(results):
     assert results["moved"]
     assert results["progress"] == {"iteration": 3, "consumed_samples": 0}
