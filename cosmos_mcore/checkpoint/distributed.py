@@ -112,7 +112,9 @@ def plan_checkpoint(
 
 
 def remove_old_checkpoints(folder: Path, keep: int, keep_every: int | None = None) -> None:
-    """Deletes old checkpoints that are complete, never the one that ``latest_checkpoint.txt`` names.
+    """Deletes old checkpoints that are complete, never the one that ``latest_checkpoint.txt`` names, nor later ones.
+
+    Later ones are there if a run was sent back; they do not count among its newest, and it replaces them in time.
 
     Args:
         folder: the run's ``checkpoints`` folder.
@@ -120,7 +122,8 @@ def remove_old_checkpoints(folder: Path, keep: int, keep_every: int | None = Non
         keep_every: those of its multiples stay, too.
     """
     latest = latest_checkpoint(folder)
-    for path in complete_checkpoints(folder)[:-keep]:
+    complete = [path for path in complete_checkpoints(folder) if latest is None or path.name <= latest.name]
+    for path in complete[:-keep]:
         if path != latest and not (keep_every and iteration_of(path) % keep_every == 0):
             # Under another name it is no checkpoint any more, however far the removal gets.
             doomed = path.with_name(path.name + ".removed")

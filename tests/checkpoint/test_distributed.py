@@ -127,10 +127,12 @@ def test_the_newest_stay(folder):
     assert left(folder) == [8, 10]
 
 
-def test_the_one_that_is_named_stays(folder):
-    (folder / "latest_checkpoint.txt").write_text("iter_000000004\n")
+def test_those_of_a_run_that_was_sent_back_are_counted_from_where_it_is(folder):
+    (folder / "latest_checkpoint.txt").write_text("iter_000000006\n")
+    remove_old_checkpoints(folder, keep=2)
+    assert left(folder) == [4, 6, 8, 10]  # 4 is the only one to fall back on
     remove_old_checkpoints(folder, keep=1)
-    assert left(folder) == [4, 10]
+    assert left(folder) == [6, 8, 10]
 
 
 def test_latest(folder):
