@@ -140,12 +140,24 @@ def run_dir(config: RunConfig) -> Path:
     return _output_root() / job.project / job.group / job.name
 
 
+def user_path(path: str) -> Path:
+    """A path that a key of the config names, ``~`` replaced by the home folder.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: no home folder is known for it; write the path in full") from None
+
+
 def prompt_cache_dir(config: RunConfig) -> Path:
     """Where the prompts' embeddings lie: ``data.prompt_cache``, one folder for all runs if that is ``auto``."""
     if config.data.prompt_cache == "auto":
         return _output_root() / "prompt_cache"
-    return Path(config.data.prompt_cache).expanduser()
+    return user_path(config.data.prompt_cache)
 
 
 def _output_root() -> Path:
-    return Path(os.environ.get("OUTPUT_ROOT", "checkpoints"))
+    return Path(os.environ.get("OUTPUT_ROOT") or "checkpoints")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
+from cosmos_mcore.config.derived import user_path
 from cosmos_mcore.config.schema import DataConfig
 from cosmos_mcore.data.contents import FileContents
 from cosmos_mcore.data.images import check_image, is_image
@@ -178,7 +179,7 @@ def index_clips(config: DataConfig, text: bool = False) -> ClipIndex:
         ValueError: if a path does not exist, there is no MP4 file, or none of them is usable.
     """
     if is_cache(config.path):
-        clips = CachedClips(Path(str(config.path)).expanduser(), config, text)
+        clips = CachedClips(user_path(str(config.path)), config, text)
         return ClipIndex(clips, clips.skipped)
     groups = _find_groups(config)
     paths = [path for group in groups for path in group]
@@ -233,10 +234,8 @@ def prompts_of(config: DataConfig) -> Prompts:
     Raises:
         ValueError: as ``find_files``, and if no video has a prompt.
     """
-    if is_cache(config.path):
-        paths = CachedClips(Path(str(config.path)).expanduser(), config).paths
-    else:
-        paths = find_files(config)
+    cached = is_cache(config.path)
+    paths = CachedClips(user_path(str(config.path)), config).paths if cached else find_files(config)
     return find_prompts(paths, config.prompts)
 
 
@@ -245,8 +244,7 @@ def _find_groups(config: DataConfig) -> list[list[str]]:
     roots = [config.path] if isinstance(config.path, str) else list(config.path)
     groups: list[list[str]] = []
     seen: set[str] = set()
-    for root in map(Path, roots):
-        root = root.expanduser()
+    for root in map(user_path, roots):
         if root.is_dir():
             paths = sorted(_walk(root, config), key=lambda path: os.path.relpath(path, root))
             if not paths and is_cache(str(root)):

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cosmos_mcore.config.derived import VideoLayout, run_dir
+from cosmos_mcore.config.derived import VideoLayout, run_dir, user_path
 from cosmos_mcore.config.schema import DataConfig, RunConfig
 from cosmos_mcore.data.contents import FileContents
 from cosmos_mcore.data.shards import ClipKey, ShardReader, ShardWriter, evict
@@ -57,9 +57,9 @@ def cache_settings(config: RunConfig, layout: VideoLayout, fingerprint: str, dec
 def cache_folder(config: RunConfig, settings: Mapping[str, Any]) -> Path | None:
     """Where the run keeps ids: ``data.token_cache``, below the run's folder if that is ``auto``; None: nowhere."""
     if is_cache(config.data.path):
-        return Path(str(config.data.path)).expanduser()
+        return user_path(str(config.data.path))
     if config.data.token_cache != "auto":
-        return None if config.data.token_cache is None else Path(config.data.token_cache).expanduser()
+        return None if config.data.token_cache is None else user_path(config.data.token_cache)
     kind = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     data = config.data
     return run_dir(config) / "token_cache" / f"{data.num_frames}x{data.height}x{data.width}-{kind}"
@@ -67,7 +67,7 @@ def cache_folder(config: RunConfig, settings: Mapping[str, Any]) -> Path | None:
 
 def is_cache(path: object) -> bool:
     """Whether ``data.path`` names a token cache instead of videos."""
-    return isinstance(path, str) and (Path(path).expanduser() / SETTINGS_FILE).is_file()
+    return isinstance(path, str) and (user_path(path) / SETTINGS_FILE).is_file()
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cosmos_mcore.config import RunConfig
+from cosmos_mcore.config.derived import user_path
 from cosmos_mcore.config.validate import validate
 from cosmos_mcore.data.contents import FileContents
 from cosmos_mcore.data.index import Clip, ClipIndex, SkippedFile, index_clips
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError("there is no folder for the token cache; give --output FOLDER, or set data.token_cache")
     validate(config)
     configure_logging()
-    folder = Path(str(config.data.token_cache)).expanduser()
+    folder = user_path(str(config.data.token_cache))
     for source in args.merge:
         logger.info("copied %d files of %s", merge(source, folder), source)
     if is_cache(config.data.path):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from cosmos_mcore.config.derived import user_path
+
 _READ_THREADS = 32
 
 
@@ -37,7 +39,7 @@ def find_prompts(paths: Sequence[str], source: str | None) -> Prompts:
     Raises:
         ValueError: if the file cannot be read, or not one video has a prompt.
     """
-    found = _beside(paths) if source is None else _from_file(paths, Path(source).expanduser())
+    found = _beside(paths) if source is None else _from_file(paths, user_path(source))
     if paths and not found.by_path:
         hint = "put a .txt with a prompt beside each video, or name a JSONL file in data.prompts"
         if source is not None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from cosmos_mcore.config.derived import pixel_chunk_duration
+from cosmos_mcore.config.derived import pixel_chunk_duration, user_path
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.tokenizer.base import VideoTokenizer
 from cosmos_mcore.tokenizer.dv8x16x16 import JitTokenizer, ReleasedTokenizer
@@ -29,5 +27,5 @@ def build_tokenizer(config: RunConfig, device: torch.device) -> VideoTokenizer:
     if name == "dv8x16x16":
         assert config.tokenizer.path is not None  # validate() has seen to it
         kind = JitTokenizer if config.tokenizer.engine == "jit" else ReleasedTokenizer
-        return kind(Path(config.tokenizer.path), pixel_chunk_duration(config), device)
+        return kind(user_path(config.tokenizer.path), pixel_chunk_duration(config), device)
     raise ValueError(f"tokenizer.name={name} is unknown; known are haar and dv8x16x16")

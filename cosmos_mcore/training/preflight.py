@@ -14,6 +14,7 @@ from cosmos_mcore.config.derived import (
     num_microbatches,
     prompt_cache_dir,
     run_dir,
+    user_path,
 )
 from cosmos_mcore.config.schema import DataConfig, RunConfig
 from cosmos_mcore.data.index import find_files, prompts_of
@@ -47,7 +48,7 @@ def preflight(config: RunConfig, world_size: int) -> None:
         )
     for folder in (config.data.path, config.data.token_cache):
         if is_cache(folder):
-            check_settings(Path(str(folder)).expanduser(), clip_settings(config.data))
+            check_settings(user_path(str(folder)), clip_settings(config.data))
     if not is_cache(config.data.path):
         find_files(config.data)
     _check_tokenizer(config)
@@ -65,7 +66,7 @@ def _check_tokenizer(config: RunConfig) -> None:
     if config.tokenizer.name == "haar" or config.tokenizer.path is None:
         return
     for name in ("encoder.jit", "decoder.jit"):
-        if not (Path(config.tokenizer.path) / name).is_file():
+        if not (user_path(config.tokenizer.path) / name).is_file():
             raise ValueError(
                 f"tokenizer.path={config.tokenizer.path} has no {name}; download it with "
                 "scripts/download_autoregressive_checkpoints.py, or try tokenizer.name=haar"
@@ -87,7 +88,7 @@ def _check_prompts(config: RunConfig, validation: DataConfig) -> None:
 def _check_start(load: str | None) -> None:
     if load is None:
         return
-    path = Path(load)
+    path = user_path(load)
     if not path.exists() and not list(path.parent.glob(f"{path.stem}_*mp_0.pt")):
         raise ValueError(f"checkpoint.load={load} does not exist; give a checkpoint, or null to start from new weights")
     if path.suffix == ".pt" and path.is_file() and not zipfile.is_zipfile(path):

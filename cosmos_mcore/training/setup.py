@@ -24,6 +24,7 @@ from cosmos_mcore.config.derived import (
     num_microbatches,
     prompt_cache_dir,
     run_dir,
+    user_path,
 )
 from cosmos_mcore.config.schema import DataConfig, RunConfig
 from cosmos_mcore.data.index import ClipIndex, index_clips
@@ -189,7 +190,7 @@ def load_start(
         return Progress(**found)
     if config.checkpoint.load is not None:
         logger.info("loading weights from %s", config.checkpoint.load)
-        load_any_weights(Path(config.checkpoint.load), arch, chunks)
+        load_any_weights(user_path(config.checkpoint.load), arch, chunks)
     else:
         logger.info("starting from new weights, seed %d", config.training.seed)
         initialize_weights(chunks, arch, config.training.seed)

@@ -146,6 +146,8 @@ def test_run_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     config.job.name = "n"
     monkeypatch.delenv("OUTPUT_ROOT", raising=False)
     assert run_dir(config) == Path("checkpoints/posttraining/autoregressive_base/n")
+    monkeypatch.setenv("OUTPUT_ROOT", "")
+    assert run_dir(config) == Path("checkpoints/posttraining/autoregressive_base/n")
     monkeypatch.setenv("OUTPUT_ROOT", "/out")
     assert run_dir(config) == Path("/out/posttraining/autoregressive_base/n")
 

@@ -111,3 +111,16 @@ def test_a_token_cache_in_the_place_of_videos(config, tmp_path):
     preflight(config, 1)
     config.data.frame_stride += 1
     assert "was made with data.frame_stride=1, this run has data.frame_stride=2" in refused(config)
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.token_cache", "data.validation_path", "checkpoint.load"])
+def test_a_home_folder_that_is_unknown(small_yaml, key):
+    assert "~nosuchuser/x: no home folder is known for it" in refused(load_config(small_yaml, [f"{key}=~nosuchuser/x"]))
+
+
+def test_paths_in_the_home_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.checkpoint.load = "~/weights"
+    assert "checkpoint.load=~/weights does not exist" in refused(config)
+    (tmp_path / "weights").mkdir()
+    preflight(config, 1)
