@@ -20,7 +20,9 @@ from cosmos_mcore.config.validate import validate
 from cosmos_mcore.config.values import accepts, leaf_kinds, mismatch, show
 
 KINDS = leaf_kinds(RunConfig)
+_UNREADABLE = (ValueError, KeyError)  # from PyYAML for what looks like a number and is none, as 0x_; for bytes, too
 SECTIONS = {key[:dot] for key in KINDS for dot, letter in enumerate(key) if letter == "."}
+_MARKED = "'\"!&|>"  # how a string begins that is not what was typed
 
 
 class _Setting(NamedTuple):
@@ -64,8 +66,12 @@ def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, _Setting]:
     if base is not None and not isinstance(base, str):
         raise ValueError(f"{path}: extends={show(base)} must be the name of one YAML file, relative to this one")
     settings = _read_file(path.parent / base, chain) if base else {}
-    settings.update((key, _Setting(value, str(path))) for key, value in _flatten(tree, str(path)))
-    return settings
+    own: dict[str, _Setting] = {}
+    for key, value in _flatten(tree, str(path)):
+        if key in own:
+            raise ValueError(f"{path}: {key} is there twice, with a dot and in its section; leave one out")
+        own[key] = _Setting(value, str(path))
+    return settings | own
 
 
 def _parse_file(path: Path, asked_by: Path | None) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def _parse_file(path: Path, asked_by: Path | None) -> dict[str, Any]:
         raise ValueError(f"{where}: there is no such config file{hint}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (OSError, OmegaConfBaseException, *_UNREADABLE) as error:
         raise ValueError(f"{path}: cannot be read as a config: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: a config must consist of sections with keys, not of a list")
@@ -95,11 +101,13 @@ def _read_override(override: str) -> dict[str, _Setting]:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         assert isinstance(parsed, dict)
         value = parsed["value"]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, *_UNREADABLE) as error:
         raise ValueError(f"{source}: not valid YAML: {_one_line(error)}") from None
-    # job.name=007 means the text that was typed, not the number that YAML makes of it.
-    if key in KINDS and isinstance(value, (bool, int, float)) and accepts(KINDS[key], text):
-        value = text
+    typed = text.strip()
+    if key in KINDS and isinstance(value, (bool, int, float)) and accepts(KINDS[key], typed):
+        value = typed  # job.name=007 means the text that was typed, not the number that YAML makes of it
+    elif isinstance(value, str) and typed[0] not in _MARKED:
+        value = typed  # data.path=/take #2 has no comment in it
     return {known: _Setting(item, source) for known, item in _flatten({key: value}, source)}
 
 

@@ -68,6 +68,8 @@ def test_values_of_every_kind(tmp_path: Path) -> None:
     # The text of an override stays text where the key wants text.
     assert load_config(write(tmp_path, ""), ["job.name=007"]).job.name == "007"
     assert load_config(write(tmp_path, ""), ["data.path=a=b"]).data.path == "a=b"
+    assert load_config(write(tmp_path, ""), ["data.path=/take #2"]).data.path == "/take #2"
+    assert load_config(write(tmp_path, ""), ["data.path='/take' #2"]).data.path == "/take"
 
 
 def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +110,11 @@ def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("data.path=[]", "data.path=[] must be a non-empty string or a non-empty list of strings"),
         ("data.path=[1]", "data.path=[1] must be a non-empty string or a non-empty list of strings"),
         ("data.path=", "data.path=null must be a non-empty string or a non-empty list of strings"),
+        ("job.name=0x_", "not valid YAML: invalid literal for int()"),
+        ("training.seed=!!int x", "not valid YAML: invalid literal for int()"),
+        ("checkpoint.export_original=!!bool x", "not valid YAML: 'x'"),
+        ("data.path=\udcff", "not valid YAML: 'utf-8' codec can't encode"),
+        ("job.name=a #2", "job.name='a #2' must be a folder's name of letters, digits"),
         ("job.name=a/b", "job.name='a/b' must be a folder's name of letters, digits"),
         ("job.name=..", "job.name='..' must be a folder's name of letters, digits"),
     ],
@@ -125,6 +132,8 @@ def test_mistakes_in_an_override(tmp_path: Path, override: str, expected: str) -
         ("job: {name: 7}\n", "job.name=7 must be a folder's name of letters"),
         ("- a\n", "a config must consist of sections with keys, not of a list"),
         ("a: b: c\n", "not valid YAML"),
+        ("data.height: 32\ndata: {height: 64}\n", "data.height is there twice, with a dot and in its section"),
+        ("job: {name: 0b_}\n", "cannot be read as a config: invalid literal for int()"),
         ("data: {height: 1, height: 2}\n", "not valid YAML: while constructing a mapping"),
         ("extends: [a.yaml, b.yaml]\n", "extends=['a.yaml', 'b.yaml'] must be the name of one YAML file"),
         ("extends: run.yaml\n", "extends goes round in a circle: run.yaml -> run.yaml"),
