@@ -95,6 +95,8 @@ def _check_schedule(config: RunConfig) -> None:
         raise ValueError(
             f"schedule.min_lr={config.schedule.min_lr} must not exceed optimizer.lr={config.optimizer.lr}; lower it"
         )
+    if config.schedule.cooldown_iters is not None and config.schedule.name != "lambda_linear":
+        raise ValueError("schedule.cooldown_iters needs schedule.name=lambda_linear; warmup_cosine ends at min_lr")
 
 
 def _check_sampling(config: RunConfig) -> None:

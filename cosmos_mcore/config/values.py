@@ -39,8 +39,8 @@ NonEmptyFloats = Annotated[list[PositiveFloat], Rule("a non-empty list of number
 FolderName = Annotated[
     str,
     Rule(
-        "a folder's name of letters, digits, '_', '-' and '.' that starts with a letter, a digit or '_'",
-        lambda value: re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value) is not None,
+        "a folder's name of letters, digits, '_', '-' and '.', at most 255, that starts with a letter, a digit or '_'",
+        lambda value: re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}", value) is not None,
     ),
 ]
 

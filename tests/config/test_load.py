@@ -116,6 +116,7 @@ def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("data.path=\udcff", "not valid YAML: 'utf-8' codec can't encode"),
         ("job.name=a #2", "job.name='a #2' must be a folder's name of letters, digits"),
         ("job.name=a/b", "job.name='a/b' must be a folder's name of letters, digits"),
+        (f"job.name={'x' * 256}", f"job.name='{'x' * 256}' must be a folder's name of letters, digits"),
         ("job.name=..", "job.name='..' must be a folder's name of letters, digits"),
     ],
 )

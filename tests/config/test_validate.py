@@ -60,6 +60,14 @@ def test_schedule_ends_below_its_peak() -> None:
     assert "schedule.min_lr=0.1 must not exceed optimizer.lr=0.001" in mistake(config)
 
 
+def test_only_the_linear_schedule_cools_down() -> None:
+    config = RunConfig()
+    config.schedule.cooldown_iters = 100
+    assert "schedule.cooldown_iters needs schedule.name=lambda_linear" in mistake(config)
+    config.schedule.name = "lambda_linear"
+    validate(config)
+
+
 def test_overlap_of_the_parameter_gather() -> None:
     config = RunConfig()
     config.parallel.overlap_param_gather = True
