@@ -41,6 +41,12 @@ def preflight(config: RunConfig, world_size: int) -> None:
     count = processes(config, world_size)
     check_world_size(config, count)
     check_num_microbatches(config, num_microbatches(config, count))
+    absent = [rank for rank in config.logging.profile_ranks if rank >= count]
+    if config.logging.profile_step_start is not None and absent:
+        raise ValueError(
+            f"logging.profile_ranks={config.logging.profile_ranks}: there is no rank {absent[0]} in a run of {count} "
+            f"processes; the last one is {count - 1}"
+        )
     if config.data.prompts is not None and not arch.text_to_video:
         raise ValueError(
             f"data.prompts={config.data.prompts}, but model.preset={config.model.preset} reads no text; set "

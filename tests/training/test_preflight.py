@@ -45,6 +45,14 @@ def test_the_batch_must_suit_the_replicas(config):
     assert "must be a multiple of micro_batch_size=2 x 4 data-parallel replicas" in refused(config, 8)
 
 
+def test_ranks_to_profile_are_there(config):
+    config.logging.profile_ranks = [0, 2]
+    preflight(config, 2)
+    config.logging.profile_step_start, config.logging.profile_step_end = 1, 2
+    assert "logging.profile_ranks=[0, 2]: there is no rank 2 in a run of 2 processes" in refused(config, 2)
+    preflight(config, 4)
+
+
 def test_a_clip_needs_frames_to_learn(config):
     config.model.num_condition_latents = 3
     assert "num_condition_latents=3" in refused(config)
