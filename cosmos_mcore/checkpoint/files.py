@@ -47,16 +47,18 @@ def new_files(paths: Sequence[Path], force: bool, stale: Sequence[Path] = ()) ->
             yield temporary
             for path in temporary:
                 flush(path)
-            for path, final in zip(temporary, paths, strict=True):
-                os.replace(path, final)
-            for path in stale:
-                if path not in paths:
-                    path.unlink(missing_ok=True)
-            for folder in {path.parent for path in paths}:
-                flush(folder)
-        finally:
+        except BaseException:
             for path in temporary:
                 path.unlink(missing_ok=True)
+            raise
+        # From here on the temporary files stay, whatever happens: some of those that they replace may be gone.
+        for path, final in zip(temporary, paths, strict=True):
+            os.replace(path, final)
+        for path in stale:
+            if path not in paths:
+                path.unlink(missing_ok=True)
+        for folder in {path.parent for path in paths}:
+            flush(folder)
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """What is there already, and what cannot be written, where files are to be made."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -88,3 +91,22 @@ def test_weights_are_floating_point_numbers(tmp_path, dtype):
     save_model(tmp_path / "model.pt", weights)
     with pytest.raises(ValueError, match=f"model.pt: tok_embeddings.weight is {dtype}, which is no dtype of weights"):
         open_checkpoint(tmp_path / "model.pt")
+
+
+def test_complete_files_stay_when_only_some_get_their_names(tmp_path, run, monkeypatch):
+    convert(run, tmp_path / "x.pt", "mp", tensor_parallel_size=4)
+    before, replace = (tmp_path / "x_model_mp_1.pt").read_bytes(), os.replace
+
+    def fail(path, final):
+        if final.name == "x_model_mp_1.pt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(path, final)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(ValueError, match="cannot be written: Input/output error"):
+        convert(run, tmp_path / "x.pt", "mp", tensor_parallel_size=2, force=True)
+    assert (tmp_path / "x_model_mp_1.pt").read_bytes() == before
+    os.rename(tmp_path / "x_model_mp_1.pt.incomplete", tmp_path / "x_model_mp_1.pt")
+    for rank in (2, 3):
+        (tmp_path / f"x_model_mp_{rank}.pt").unlink()
+    assert open_checkpoint(tmp_path / "x.pt").tensor_parallel_size == 2
