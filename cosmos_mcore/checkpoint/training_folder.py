@@ -83,6 +83,9 @@ def open_training(
         shapes = {name: tuple(entry.tensor.shape) for name, entry in tensors.items()}
         moments.append(_moments(optimizer_file, checkpoint.names, shapes))
     optimizer = _optimizer(ranks[0][1])
+    for value in optimizer["state"].values():
+        if isinstance(value.get(_STEP), Tensor):
+            ranks[0][1].check(value[_STEP], _STEP)
     steps = {float(value[_STEP]) for value in optimizer["state"].values() if _STEP in value}
     if len(steps) != 1:
         raise ValueError(f"{ranks[0][1].path}: the tensors' step counts differ: {sorted(steps)[:3]}")

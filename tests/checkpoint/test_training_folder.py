@@ -128,6 +128,17 @@ def test_a_damaged_optimizer_is_named_in_one_line(tmp_path, change, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_damaged_step_count_is_noticed(tmp_path):
+    write_original(tmp_path / "run", ARCH)
+    path = tmp_path / "run" / "iter_000000003.pt"
+    data = path.read_bytes()
+    one, other = (torch.tensor(step).numpy().tobytes() + b"PK" for step in (3.0, 4.0))  # and the next record's header
+    assert data.count(one) == len(random_weights(ARCH))
+    path.write_bytes(data.replace(one, other))
+    with pytest.raises(ValueError, match="step does not match its checksum"):
+        open_checkpoint(path)
+
+
 def test_missing_files_of_a_run(tmp_path):
     write_original(tmp_path / "run", ARCH, 2)
     (tmp_path / "run" / "iter_000000003_optim_mp_1.pt").unlink()
