@@ -56,7 +56,8 @@ class SaveResult:
     Attributes:
         iteration: of the checkpoint.
         path: its folder.
-        errors: one line per rank that failed; empty if the checkpoint is complete on disk.
+        errors: one line per rank that failed; empty if all is done.
+        complete: whether the checkpoint is complete on disk, although what comes after it may have failed.
         blocked_seconds: time that training stood still for it, on this rank: its host, and its GPU for the copies.
         total_seconds: from its start until it was complete on disk.
         num_bytes: written by all ranks.
@@ -66,6 +67,7 @@ class SaveResult:
     iteration: int
     path: Path
     errors: list[str]
+    complete: bool = False
     blocked_seconds: float = 0.0
     total_seconds: float = 0.0
     num_bytes: int = 0
@@ -167,7 +169,7 @@ class BackgroundSave:
                 result.blocked_seconds += time.perf_counter() - began
                 return None
         else:
-            error = from_rank_zero(outcome)
+            error, result.complete = from_rank_zero((outcome, result.complete))
             result.errors = [error] if error else []
         self._thread, self._plan, self._result = None, None, None
         result.total_seconds = time.perf_counter() - self._started
@@ -240,6 +242,7 @@ class BackgroundSave:
         os.replace(partial, final)
         flush(self.folder)
         write_latest(self.folder, final.name)
+        self._result.complete = True
         remove(aside)
         if self._after is not None:
             self._after(final)

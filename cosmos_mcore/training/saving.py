@@ -124,6 +124,8 @@ class Saver:
             if dist.get_rank() == 0:
                 self._on_saved(result.iteration, result.path)
             return
+        if result.complete:
+            self._saved_iteration = result.iteration
         self._failures += 1
         limit = self._settings.max_save_failures
         reasons = "; ".join(result.errors)
@@ -148,11 +150,11 @@ class Saver:
     def _tidy(self, path: Path) -> None:
         """On rank 0, in the background, when a checkpoint is complete."""
         settings, folder = self._settings, self._run.checkpoints
+        if settings.keep is not None:  # first, since it makes room
+            remove_old_checkpoints(folder, settings.keep, settings.keep_every)
         if settings.export_original:
             size = self._run.config.parallel.tensor_model_parallel_size
             write_training(open_checkpoint(path), folder, size, force=True, write_latest=False)
-        if settings.keep is not None:
-            remove_old_checkpoints(folder, settings.keep, settings.keep_every)
 
 
 def _before_update(optimizer: MegatronOptimizer, call: Callable[[], None]) -> None:

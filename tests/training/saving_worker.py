@@ -115,6 +115,21 @@ def fail_or(work, failing, *arguments):
     work(*arguments)
 
 
+def without_room_for_exports(run, log):
+    """Saves, while the original's files cannot be written beside the checkpoints."""
+    settings = run.config.checkpoint
+    settings.export_original, settings.keep_every = True, None
+    saver = Saver(run, lambda *_: None)
+    with mock.patch("cosmos_mcore.training.saving.write_training", side_effect=ValueError("x.pt cannot be written")):
+        for _ in range(2):
+            train(run, 1)
+            saver.save()
+            saver._ended(saver._save.wait())
+    settings.export_original, settings.keep_every = False, 5
+    left = [iteration_of(path) for path in complete_checkpoints(run.checkpoints)]
+    return log.drain(), left, run.progress.iteration
+
+
 def kept(run, log):
     saver = Saver(run, lambda *_: None)
     for _ in range(4):
@@ -207,6 +222,7 @@ def main(folder):
     log = Log()
     results = {"failures": failures(run, log), "kept": kept(run, log), "exported": exported(run, log)}
     results["damaged"] = damaged(run, log)
+    results["exports"] = without_room_for_exports(run, log)
     results["stopped"] = stopped_while_waiting(run)
     results["other folders"] = [p.name for p in run.checkpoints.iterdir() if p.suffix in (".incomplete", ".removed")]
     if dist.get_rank() == 0:

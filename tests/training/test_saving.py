@@ -58,6 +58,13 @@ def test_the_originals_files_lie_beside_a_save(results):
     assert lines == []
 
 
+def test_an_export_that_fails_is_loud_and_keeps_no_old_checkpoint(results):
+    (_, line), left, last = results["exports"]
+    assert "SAVING FAILED (2 of at most 3 times in a row)" in line and "x.pt cannot be written" in line
+    assert line.endswith(f"The newest complete checkpoint is that of iteration {last}")
+    assert left == [last - 1, last]
+
+
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(results):
     found = results["damaged"]
     assert found["iteration"] and found["named"] and found["aside"]
