@@ -20,6 +20,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -174,9 +175,15 @@ def _check_model(path: Path, chunks: Sequence[CosmosARModel]) -> None:
     Megatron would cut off or fill up a vocabulary of another size, and leave out what the model does not have.
     """
     try:
-        found = original_shapes(DistributedCheckpoint(path).arch)
+        checkpoint = DistributedCheckpoint(path)
     except ValueError as error:
         raise ValueError(f"checkpoint {path} cannot be loaded: {error}") from None
+    if checkpoint.newer_than_common and hasattr(common, "TorchCommonLoadStrategy"):
+        raise ValueError(
+            f"checkpoint {path} was written by megatron-core 0.19 or newer, and {megatron.core.__version__} cannot "
+            "load it; use Python 3.12 or newer, or take the weights: scripts/convert_checkpoint.py --to safetensors"
+        )
+    found = original_shapes(checkpoint.arch)
     check_tensors(found, original_shapes(chunks[0].arch), f"checkpoint {path} is not of the configured model")
 
 

@@ -128,6 +128,11 @@ class DistributedCheckpoint(Checkpoint):
         """See ``Checkpoint``."""
         return {self.path / METADATA, *(self.path / info.relative_path for info in self._storage.values())}
 
+    @property
+    def newer_than_common(self) -> bool:
+        """Whether it was written by a version of Megatron (0.19) that keeps no ``common.pt``, which older ones need."""
+        return MetadataIndex(_COMMON_OBJECT) in self._storage
+
     def dtype(self, name: str, state: str = WEIGHT) -> torch.dtype:
         """See ``Checkpoint``."""
         return self._tensors[self._key(stacked_name(self._entries[name].ours)[0], state)].properties.dtype
@@ -214,7 +219,7 @@ class DistributedCheckpoint(Checkpoint):
             kept = {key: value for key, value in group.items() if key not in ("params", "step")}
             consumed = progress.get("consumed_samples")
             return TrainingState(int(progress["iteration"]), float(step), kept, consumed_samples=consumed)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return None  # moments of a run of some other program
 
     def _common(self) -> Any:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -39,6 +40,14 @@ def flip(path, prefix):
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
+
+
+def without_common(path):
+    """Makes a checkpoint look as if Megatron-Core 0.19 had written it."""
+    metadata = read_metadata(path)
+    metadata.storage_data[MetadataIndex("common_state/shard_0_1")] = next(iter(metadata.storage_data.values()))
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    (path / "common.pt").unlink(missing_ok=True)
 
 
 # Description: (file, what is done to it). The newest Megatron-Core writes no common.pt.
@@ -154,6 +163,8 @@ def main(folder):
         damage(copy / file)
         results["damages"][name] = error_of(load_checkpoint, copy, run.chunks, run.optimizer)
         shutil.rmtree(copy)
+    without_common(copy := shutil.copytree(path, folder / "newer"))
+    results["newer"] = error_of(load_weights, copy, weights)
     with mock.patch.object(torch, "save", no_room_for_files):
         path = save_checkpoint(folder / "no room", 3, run.chunks, run.optimizer, asdict(run.progress))
     results["no room"] = load_checkpoint(path, run.chunks, run.optimizer) == asdict(run.progress)
