@@ -8,6 +8,7 @@ unpickles whatever ``.metadata`` holds; ours does not.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -78,6 +79,7 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
+        whole = not isinstance(metadata, Metadata) or _is_whole(metadata)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): not a complete checkpoint") from None
     except pickle.UnpicklingError as error:
@@ -86,9 +88,24 @@ def read_metadata(folder: Path) -> Metadata:
         raise ValueError(f"{path} is damaged; copy it again") from None
     except Exception:  # unpickling damaged bytes raises about everything
         raise ValueError(f"{path} is damaged; copy it again") from None
+    if not whole:
+        raise ValueError(f"{path} is damaged; copy it again")
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError(f"{path} does not describe a distributed checkpoint")
     return metadata
+
+
+def _is_whole(metadata: Metadata) -> bool:
+    """Whether everything has its fields, of their types, as after damage it may not; may raise, too."""
+    for entry in metadata.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            sizes = [entry.size, *(side for chunk in entry.chunks for side in (chunk.offsets, chunk.sizes))]
+            if not isinstance(entry.properties.dtype, torch.dtype) or {*map(len, sizes)} != {len(entry.size)}:
+                return False
+    return all(
+        isinstance(info.relative_path, str) and info.offset >= 0 and info.length >= 0 and isinstance(index.fqn, str)
+        for index, info in (metadata.storage_data or {}).items()
+    )
 
 
 class DistributedCheckpoint(Checkpoint):
@@ -108,6 +125,7 @@ class DistributedCheckpoint(Checkpoint):
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and "_extra_state" not in name
         }
+        _check_chunks(self._tensors, path)
         sizes = {name: tuple(entry.size) for name, entry in self._tensors.items() if not name.startswith(OPTIMIZER)}
         self._prefix = _NEMO_PREFIX if all(name.startswith(_NEMO_PREFIX) for name in sizes) else ""
         sizes = {name.removeprefix(self._prefix): size for name, size in sizes.items()}
@@ -122,6 +140,8 @@ class DistributedCheckpoint(Checkpoint):
         if self._has(EXP_AVG, sizes) and self._has(EXP_AVG_SQ, sizes):
             self.training = self._training_state()
             self.has_master = self._has(MASTER, sizes)
+        elif not self._prefix and any(name.startswith(STATE_PREFIX[EXP_AVG]) for name in self._tensors):
+            raise ValueError(f"{path / METADATA} is damaged: it lacks Adam's moments of some weights; copy it again")
 
     @property
     def files(self) -> set[Path]:
@@ -227,6 +247,17 @@ class DistributedCheckpoint(Checkpoint):
             return TorchFile(self.path / COMMON).content
         data, where = self._read_bytes(MetadataIndex(_COMMON_OBJECT))
         return load_bytes(data, where)[0]
+
+
+def _check_chunks(tensors: Mapping[str, TensorStorageMetadata], path: Path) -> None:
+    """Sees that chunks make up their tensors: ``.metadata`` has no checksum, and readers put chunks where it says."""
+    for name, entry in tensors.items():
+        places = {tuple(chunk.offsets) for chunk in entry.chunks}
+        count = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+        if len(places) < len(entry.chunks) or count != math.prod(entry.size):
+            raise ValueError(
+                f"{path / METADATA} is damaged: the chunks of {name} are not the whole of it; copy it again"
+            )
 
 
 def stacked_sizes(arch: ModelArch) -> dict[str, tuple[int, ...]]:

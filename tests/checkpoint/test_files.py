@@ -2,11 +2,14 @@
 
 import errno
 import os
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cosmos_mcore.checkpoint.convert import convert
+from cosmos_mcore.checkpoint.distributed_reader import read_metadata
 from cosmos_mcore.checkpoint.recognize import open_checkpoint
 from tests.checkpoint.models import random_weights, reduced, save_model
 from tests.checkpoint.training_files import write_original
@@ -110,3 +113,41 @@ def test_complete_files_stay_when_only_some_get_their_names(tmp_path, run, monke
     for rank in (2, 3):
         (tmp_path / f"x_model_mp_{rank}.pt").unlink()
     assert open_checkpoint(tmp_path / "x.pt").tensor_parallel_size == 2
+
+
+def damage_offset(metadata):
+    next(iter(metadata.storage_data.values())).offset = -1
+
+
+def damage_field(metadata):
+    del next(iter(metadata.storage_data.values())).length
+
+
+def damage_name(metadata):
+    key = "optimizer.state.exp_avg.norm"
+    metadata.state_dict_metadata[key] = metadata.state_dict_metadata.pop(
+        "optimizer.state.exp_avg.decoder.final_layernorm.weight"
+    )
+
+
+@pytest.mark.parametrize("damage", [damage_offset, damage_field, damage_name])
+def test_a_damaged_list_of_chunks_is_one_line(tmp_path, run, damage):
+    convert(run, tmp_path / "out", "distributed")
+    metadata = read_metadata(tmp_path / "out")
+    damage(metadata)
+    (tmp_path / "out" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="metadata is damaged"):
+        open_checkpoint(tmp_path / "out")
+
+
+def test_chunks_that_do_not_make_up_their_tensor(tmp_path, run):
+    convert(run, tmp_path / "out", "distributed", tensor_parallel_size=2)
+    metadata = read_metadata(tmp_path / "out")
+    key = "optimizer.state.exp_avg.decoder.layers.mlp.linear_fc2.weight"
+    chunks = metadata.state_dict_metadata[key].chunks
+    one, *others = chunks
+    for wrong in ([replace(one, offsets=others[0].offsets), *others], others):  # a flipped bit, a lost entry
+        metadata.state_dict_metadata[key].chunks = wrong
+        (tmp_path / "out" / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(ValueError, match=f"metadata is damaged: the chunks of {key} are not the whole of it"):
+            open_checkpoint(tmp_path / "out")
