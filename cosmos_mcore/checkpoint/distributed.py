@@ -33,6 +33,7 @@ from cosmos_mcore.checkpoint.megatron_plan import Plan, plan_save
 from cosmos_mcore.checkpoint.names import original_shapes
 from cosmos_mcore.checkpoint.pieces import Box, distributed_optimizers, optimizer_boxes
 from cosmos_mcore.checkpoint.pointer import complete_checkpoints, is_distributed, iteration_of, latest_checkpoint
+from cosmos_mcore.checkpoint.training_folder import training_files
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def plan_checkpoint(
     return plan_save(state, check), boxes
 
 
-def remove_old_checkpoints(folder: Path, keep: int, keep_every: int | None = None) -> None:
+def remove_old_checkpoints(folder: Path, keep: int, keep_every: int | None = None, exports: bool = False) -> None:
     """Deletes old checkpoints that are complete, never the one that ``latest_checkpoint.txt`` names, nor later ones.
 
     Later ones are there if a run was sent back; they do not count among its newest, and it replaces them in time.
@@ -121,11 +122,14 @@ def remove_old_checkpoints(folder: Path, keep: int, keep_every: int | None = Non
         folder: the run's ``checkpoints`` folder.
         keep: how many of the newest stay.
         keep_every: those of its multiples stay, too.
+        exports: delete the original's files beside a checkpoint with it.
     """
     latest = latest_checkpoint(folder)
     complete = [path for path in complete_checkpoints(folder) if latest is None or path.name <= latest.name]
     for path in complete[:-keep]:
         if path != latest and not (keep_every and iteration_of(path) % keep_every == 0):
+            for file in training_files(path.with_name(path.name + ".pt")) if exports else ():
+                file.unlink()
             # Under another name it is no checkpoint any more, however far the removal gets.
             doomed = path.with_name(path.name + ".removed")
             os.replace(path, doomed)

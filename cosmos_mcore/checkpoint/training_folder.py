@@ -151,8 +151,7 @@ def write_training(
         files = [shard_path(base, rank, kind) for kind in _KINDS for rank in range(size)]
         files.append(base)
         structures = [model] * size + [optimizer] * size + [scheduler] * size + [trainer]
-    stale = files_of_ranks(base, *_KINDS)
-    with new_files(files, force, stale) as temporary, ExitStack() as stack:
+    with new_files(files, force, stale=training_files(base)) as temporary, ExitStack() as stack:
         pairs = zip(temporary, structures, strict=True)
         writers = [stack.enter_context(TorchFileWriter(file, structure)) for file, structure in pairs]
         write_tensors(checkpoint, stored, writers[:size])
@@ -162,6 +161,11 @@ def write_training(
             latest.write_text(base.name + "\n")
         flush(folder)
     return files
+
+
+def training_files(base: Path) -> list[Path]:
+    """The files of a training checkpoint that are there, however many ranks it is of; ``base`` ends in ``.pt``."""
+    return [*([base] if base.exists() else []), *files_of_ranks(base, *_KINDS)]
 
 
 def _optimizer(file: TorchFile) -> Mapping[str, Any]:

@@ -151,7 +151,7 @@ class Saver:
         """On rank 0, in the background, when a checkpoint is complete."""
         settings, folder = self._settings, self._run.checkpoints
         if settings.keep is not None:  # first, since it makes room
-            remove_old_checkpoints(folder, settings.keep, settings.keep_every)
+            remove_old_checkpoints(folder, settings.keep, settings.keep_every, exports=settings.export_original)
         if settings.export_original:
             size = self._run.config.parallel.tensor_model_parallel_size
             write_training(open_checkpoint(path), folder, size, force=True, write_latest=False)

@@ -135,6 +135,20 @@ def test_the_newest_stay(folder):
     assert left(folder) == [8, 10]
 
 
+@pytest.mark.parametrize("exports", [False, True])
+def test_exported_files_go_with_their_checkpoint(folder, exports):
+    of_old = [
+        folder / f"iter_000000004{end}" for end in (".pt", "_model_mp_0.pt", "_optim_mp_0.pt", "_scheduler_mp_0.pt")
+    ]
+    others = [folder / name for name in ("iter_000000004.safetensors", "iter_000000004_model_mp_0_mine.pt")]
+    others += [folder / "iter_000000010_model_mp_0.pt"]
+    for path in (*of_old, *others):
+        path.write_text("")
+    remove_old_checkpoints(folder, keep=2, exports=exports)
+    assert left(folder) == [8, 10]
+    assert all(path.exists() != exports for path in of_old) and all(path.exists() for path in others)
+
+
 def test_those_of_a_run_that_was_sent_back_are_counted_from_where_it_is(folder):
     (folder / "latest_checkpoint.txt").write_text("iter_000000006\n")
     remove_old_checkpoints(folder, keep=2)
