@@ -28,7 +28,8 @@ EOF
     [ "$(torch_version)" = "$before" ] || { echo "pip has replaced torch $before by $(torch_version)" >&2; exit 1; }
     ;;
   project)
-    "$PYTHON" -m pip install --no-deps -e .
+    # Nothing else is installed, so no pins are needed; older pips hold the build's own setuptools to them, too.
+    PIP_CONSTRAINT='' "$PYTHON" -m pip install --no-deps -e .
     ;;
   test)
     "$PYTHON" -c 'import megatron.core, torch, cosmos_mcore.training.trainer; print("torch", torch.__version__)'
