@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import shutil
@@ -10,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,19 +37,24 @@ def new_files(paths: Sequence[Path], force: bool, stale: Sequence[Path] = ()) ->
         stale: existing files that the new ones make obsolete: removed with them (and only with ``force``).
 
     Raises:
-        ValueError: if an output exists already and ``force`` is not given, or cannot be written.
+        ValueError: if an output exists already and ``force`` is not given, cannot be written, or is being written.
     """
     refuse_existing((*paths, *stale), force)
     temporary = [_temporary(path) for path in paths]
-    with _one_line(paths[0]):
+    ours: list[Path] = []
+    with _one_line(paths[0]), ExitStack() as locks:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            for path in temporary:
+                path.touch()
+                _lock(path, locks)
+                ours.append(path)
             yield temporary
             for path in temporary:
                 flush(path)
         except BaseException:
-            for path in temporary:
+            for path in ours:
                 path.unlink(missing_ok=True)
             raise
         # From here on the temporary files stay, whatever happens: some of those that they replace may be gone.
@@ -66,13 +72,16 @@ def new_folder(path: Path, force: bool) -> Iterator[Path]:
     """Gives a folder to write to; moves it to ``path`` when it is complete and on disk.
 
     Raises:
-        ValueError: if ``path`` exists already and ``force`` is not given, or it cannot be written.
+        ValueError: if ``path`` exists already and ``force`` is not given, it cannot be written, or is being written.
     """
     refuse_existing([path], force)
     temporary, old = _temporary(path), path.with_name(path.name + ".replaced")
-    with _one_line(path):
-        remove(temporary)
+    with _one_line(path), ExitStack() as locks:
+        if temporary.exists():
+            _lock(temporary, locks)
+            remove(temporary)
         temporary.mkdir(parents=True)
+        _lock(temporary, locks)
         try:
             yield temporary
             for file in (*temporary.iterdir(), temporary):
@@ -90,6 +99,18 @@ def new_folder(path: Path, force: bool) -> Iterator[Path]:
             remove(old)
         finally:
             remove(temporary)
+
+
+def _lock(path: Path, locks: ExitStack) -> None:
+    """Keeps other commands from writing there, as long as this one lives or until ``locks`` is closed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    locks.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path} is being written by another command; wait until it has ended") from None
+    except OSError:
+        pass  # some file systems have no locks
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from cosmos_mcore.checkpoint.convert import convert
 from cosmos_mcore.checkpoint.distributed_reader import read_metadata
+from cosmos_mcore.checkpoint.files import new_files, new_folder
 from cosmos_mcore.checkpoint.recognize import open_checkpoint
 from tests.checkpoint.models import random_weights, reduced, save_model
 from tests.checkpoint.training_files import write_original
@@ -151,3 +152,29 @@ def test_chunks_that_do_not_make_up_their_tensor(tmp_path, run):
         (tmp_path / "out" / ".metadata").write_bytes(pickle.dumps(metadata))
         with pytest.raises(ValueError, match=f"metadata is damaged: the chunks of {key} are not the whole of it"):
             open_checkpoint(tmp_path / "out")
+
+
+def test_two_commands_do_not_write_the_same_files(tmp_path):
+    one, two = tmp_path / "1.pt", tmp_path / "2.pt"
+    (tmp_path / "2.pt.incomplete").write_text("left by a command that was killed")
+    with new_files([one, two], force=False) as (first, second):
+        first.write_text("first")
+        refused = pytest.raises(ValueError, match="2.pt.incomplete is being written by another command; wait until it")
+        with refused, new_files([tmp_path / "0.pt", two], force=False):
+            pass
+        second.write_text("second")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"1.pt": "first", "2.pt": "second"}
+    with new_files([one], force=True) as (again,):
+        again.write_text("again")
+    assert one.read_text() == "again"
+
+
+def test_two_commands_do_not_write_the_same_folder(tmp_path):
+    (tmp_path / "out.incomplete").mkdir()
+    (tmp_path / "out.incomplete" / "x").write_text("left by a command that was killed")
+    with new_folder(tmp_path / "out", force=False) as folder:
+        (folder / "y").write_text("first")
+        refused = pytest.raises(ValueError, match="out.incomplete is being written by another command")
+        with refused, new_folder(tmp_path / "out", force=False):
+            pass
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/y"]
