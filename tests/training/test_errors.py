@@ -82,7 +82,7 @@ def test_garbage_as_checkpoint(command, small_yaml, tmp_path):
 
 def test_checkpoint_of_another_model(command, small_yaml, uninterrupted):
     load = f"checkpoint.load={uninterrupted / 'checkpoints' / 'iter_000000004'}"
-    check_one_line(command(small_yaml, load, "model.hidden_size=48"), "iter_000000004 cannot be loaded into this model")
+    check_one_line(command(small_yaml, load, "model.hidden_size=48"), "iter_000000004 is not of the configured model")
 
 
 @pytest.fixture
