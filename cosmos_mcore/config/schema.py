@@ -161,9 +161,7 @@ class CheckpointConfig:
     load: NonEmptyStr | None = None  # weights to start from, in any layout; a checkpoint of the run itself goes first
     save_interval: PositiveInt = 1000
     keep: PositiveInt | None = None  # newest checkpoints that stay on disk; None: all
-    export_original: bool = (
-        False  # also write the original's files beside each checkpoint; ``keep`` holds for them, too
-    )
+    export_original: bool = False  # the original's files beside each checkpoint, too; ``keep`` holds for both
     keep_every: PositiveInt | None = None  # checkpoints at multiples of this iteration stay, whatever ``keep`` says
     max_save_failures: PositiveInt = 5  # failed saves in a row (disk full, folder gone) that end the run
     retry_seconds: NonNegativeFloat = 60.0  # from a failed save to the next try

@@ -23,12 +23,10 @@ def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None 
     die_with_parent()
     try:
         code = command(list(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        code = report_error(error)
+    except (Exception, KeyboardInterrupt) as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else report_error(error)
         if launched():
-            # Threads of the run may be within C++ code, which Python's way to end aborts with a message of its own.
+            # Threads of the run may be within C++ code, which Python's way to end waits for, or aborts with a message.
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()

@@ -18,7 +18,9 @@ from cosmos_mcore.parallel.layout import model_parallel_size
 
 logger = logging.getLogger(__name__)
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # a rank decides what to do
+_ENDS = (signal.SIGINT, signal.SIGHUP)  # a rank ends at once
+_SECONDS_TO_END = 30
 
 
 def world_size() -> int:
@@ -74,6 +76,19 @@ def run_processes(count: int, command: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # of a torchrun with one process
+    ended_by: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        ranks = psutil.Process().children()
+        if not ranks:  # not started yet: who starts later would never hear of it
+            sys.exit(128 + number)
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+        if number in _ENDS:
+            ended_by.append(number)
+            signal.alarm(_SECONDS_TO_END)
+
     with tempfile.TemporaryDirectory(prefix="cosmos_mcore_launch_") as folder:  # torch would leave its own behind
         launch = LaunchConfig(
             min_nodes=1,
@@ -87,13 +102,18 @@ def run_processes(count: int, command: Sequence[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         if hasattr(launch, "signals_to_handle"):
-            # Without this the launcher itself would end at SIGTERM, and kill the ranks half a minute later.
-            launch.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
-            for number in _PASSED_ON:
-                signal.signal(number, _pass_on)
+            # The elastic launcher would raise an exception wherever it happens to be, and with SIGTERM kill the ranks half
+            # a minute later. One signal it must have.
+            launch.signals_to_handle = "SIGQUIT"
+            for number in (*_REQUESTS, *_ENDS):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+                    signal.signal(number, pass_on)
+            signal.signal(signal.SIGALRM, _kill_ranks)
         try:
             elastic_launch(launch, sys.executable)(*command)
         except ChildFailedError as error:
+            if ended_by:
+                return 128 + ended_by[0]
             rank, failure = error.get_first_failure()
             if failure.exitcode < 0:
                 print(f"error: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
@@ -103,14 +123,10 @@ def run_processes(count: int, command: Sequence[str]) -> int:
         return 0
 
 
-def _pass_on(number: int, frame: object) -> None:
-    """Sends the ranks a signal of this process, and they decide what to do; where there are none it ends itself."""
-    ranks = psutil.Process().children()
-    if not ranks:  # not started yet: who starts later would never hear of it
-        sys.exit(128 + number)
-    for rank in ranks:
+def _kill_ranks(number: int, frame: object) -> None:
+    for rank in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            rank.send_signal(number)
+            rank.kill()
 
 
 def die_with_parent() -> None:

@@ -17,9 +17,12 @@ from cosmos_mcore.parallel import launch
 from tests.processes import children_of, environment, processes_with, wait_until_gone
 
 LAUNCHER = """
-import sys
-from cosmos_mcore.parallel.launch import run_processes
-sys.exit(run_processes(int(sys.argv[1]), sys.argv[2:]))
+import faulthandler, sys
+faulthandler.dump_traceback_later(50)  # before the test gives up
+from cosmos_mcore.parallel import launch
+if "stubborn" in sys.argv:
+    launch._SECONDS_TO_END = 1
+sys.exit(launch.run_processes(int(sys.argv[1]), sys.argv[2:]))
 """
 RANK = """
 import os, signal, sys, time
@@ -27,6 +30,8 @@ from pathlib import Path
 from cosmos_mcore.parallel.launch import die_with_parent
 die_with_parent()
 mode, folder, rank = sys.argv[1], Path(sys.argv[2]), os.environ["RANK"]
+if mode == "stubborn":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 (folder / rank).write_text(os.environ["WORLD_SIZE"] + " " + os.environ["OMP_NUM_THREADS"])
 if mode == "fails" and rank == "1":
     sys.exit(3)
@@ -60,7 +65,11 @@ class Launched:
 
     def end(self):
         """The exit code and what was written to standard error; nothing may live on."""
-        _, stderr = self.process.communicate(timeout=60)
+        try:
+            _, stderr = self.process.communicate(timeout=60)
+        except subprocess.TimeoutExpired as error:
+            self.process.kill()
+            raise AssertionError(f"it does not end:\n{self.process.communicate()[1]}") from error
         assert wait_until_gone(self.mark) == []
         return self.process.returncode, stderr
 
@@ -121,13 +130,28 @@ def test_a_rank_that_ends_badly_ends_all(launched, mode, code):
     assert re.fullmatch("error: rank . was killed by SIGKILL\n" if mode == "is_killed" else "", stderr)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_launcher_ends_all(launched, number):
     run = launched(2, "sleeps")
     run.wait_for_ranks(2)
     run.process.send_signal(number)
     code, _ = run.end()
     assert code == 128 + number and list(run.temporary.iterdir()) == []
+
+
+def test_nohup_is_respected(launched):
+    run = launched(2, "sleeps", "nohup")
+    run.wait_for_ranks(2)
+    run.process.send_signal(signal.SIGHUP)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end()[0] == 128 + signal.SIGTERM
+
+
+def test_ranks_that_do_not_end_are_killed(launched):
+    run = launched(2, "stubborn")
+    run.wait_for_ranks(2)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == (128 + signal.SIGINT, "")
 
 
 def test_a_signal_before_there_are_ranks_is_not_lost(launched):
