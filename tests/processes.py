@@ -33,7 +33,7 @@ def run_ranks(module: str, world_size: int, *arguments: object, timeout: float =
     When one rank fails or the time is over, all are killed and the test fails with what they wrote.
     """
     port, ranks = free_port(), []
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.rank", module, *map(str, arguments)]
     deadline = time.monotonic() + timeout
     with TemporaryFile() as output:
         try:

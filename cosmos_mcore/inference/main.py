@@ -24,6 +24,7 @@ from cosmos_mcore.inference.arguments import (
 )
 from cosmos_mcore.model.presets import ModelArch, check_arch_layout
 from cosmos_mcore.parallel.command_line import USER_ERROR, configure_logging
+from cosmos_mcore.parallel.imports import lasting_imports
 from cosmos_mcore.parallel.launch import is_rank_zero, processes_to_start, run_processes, world_size
 
 if TYPE_CHECKING:
@@ -74,11 +75,12 @@ def main(arguments: list[str]) -> int:
     configure_logging()
     stay_offline()
     # Only now torch, after the mistakes that can be found without it.
-    from cosmos_mcore.inference import assemble
-    from cosmos_mcore.inference.guardrail import find_guardrail
-    from cosmos_mcore.inference.inputs import Failures, Item, Wanted, read_batch_file, read_batches
-    from cosmos_mcore.inference.sampling import SamplingOptions
-    from cosmos_mcore.parallel.initialize import shut_down
+    with lasting_imports():
+        from cosmos_mcore.inference import assemble
+        from cosmos_mcore.inference.guardrail import find_guardrail
+        from cosmos_mcore.inference.inputs import Failures, Item, Wanted, read_batch_file, read_batches
+        from cosmos_mcore.inference.sampling import SamplingOptions
+        from cosmos_mcore.parallel.initialize import shut_down
 
     options = SamplingOptions(args.temperature, args.top_p, args.top_k)
     checkpoint, config_file = find_model(args)

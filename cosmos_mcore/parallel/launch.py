@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import psutil
 
 from cosmos_mcore.config.schema import RunConfig
+from cosmos_mcore.parallel.imports import lasting_imports
 from cosmos_mcore.parallel.layout import model_parallel_size
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,10 @@ def run_processes(count: int, command: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or that of the rank that failed first.
     """
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with lasting_imports():
+        from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The failed rank has told the user what happened; the launcher's own report would repeat it as a traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -102,8 +104,8 @@ def run_processes(count: int, command: Sequence[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         if hasattr(launch, "signals_to_handle"):
-            # The elastic launcher would raise an exception wherever it happens to be, and with SIGTERM kill the ranks half
-            # a minute later. One signal it must have.
+            # The elastic launcher would raise an exception wherever it happens to be, and kill the ranks half a minute
+            # after SIGTERM. One signal it must have.
             launch.signals_to_handle = "SIGQUIT"
             for number in (*_REQUESTS, *_ENDS):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from cosmos_mcore.config import load_config, run_dir, to_yaml
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.parallel.command_line import configure_logging
+from cosmos_mcore.parallel.imports import lasting_imports
 from cosmos_mcore.parallel.launch import is_rank_zero, launched, processes_to_start, run_processes, world_size
 from cosmos_mcore.training.plan import estimate_memory, keys_that_save_memory
 from cosmos_mcore.training.preflight import derived_numbers, preflight
@@ -74,12 +75,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(config: RunConfig) -> int:
-    import torch
+    with lasting_imports():
+        import torch
 
-    from cosmos_mcore.parallel.initialize import shut_down
-    from cosmos_mcore.parallel.watchdog import Watchdog, spans_nodes
-    from cosmos_mcore.training.setup import set_up
-    from cosmos_mcore.training.trainer import Trainer
+        from cosmos_mcore.parallel.initialize import shut_down
+        from cosmos_mcore.parallel.watchdog import Watchdog, spans_nodes
+        from cosmos_mcore.training.setup import set_up
+        from cosmos_mcore.training.trainer import Trainer
 
     if is_rank_zero():
         for line in derived_numbers(config, world_size()).splitlines():
