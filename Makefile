@@ -38,7 +38,7 @@ demo: $(STAMP) ## train, resume and generate on this machine; DATA=folder takes 
 	$(RUN) scripts/demo.py $(if $(DATA),--data '$(DATA)') --output outputs/demo
 
 test: $(DEV) ## the tests that need no GPU
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 test-layouts: $(DEV) ## every parallel layout against one process (slow)
 	$(RUN) -m pytest -q -m layouts
