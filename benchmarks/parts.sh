@@ -16,6 +16,6 @@ part() { # name, command
     tail -n 24 "$output/$name.out"
   else
     echo "FAILED with code $?"
-    tail -n 30 "$output/$name.out" "$output/$name.err"
+    grep -h "^error: " "$output/$name.err" || tail -n 30 "$output/$name.out" "$output/$name.err"
   fi
 }

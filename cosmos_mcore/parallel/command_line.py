@@ -74,6 +74,8 @@ def configure_logging() -> None:
     ours.handlers = [handler]
     ours.propagate = False
     ours.setLevel(logging.INFO if is_rank_zero() else logging.WARNING)
+    # megatron-core 0.19 recommends an interface to us that 0.16 does not have; what it does without is the same.
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     # Where there are CUDA tools but no GPU, torch says so on standard error, in every process.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Megatron and torch warn, in every process, about each optional package that is missing and about their own future;
