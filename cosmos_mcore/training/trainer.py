@@ -161,6 +161,9 @@ class Trainer:
                 unread(partial(self._measure, batch, waited))
                 unread = None
                 self.watch.restart()
+            elif self.run.device.type == "cpu":  # it has done the step already
+                unread()
+                unread = None
             stop, clips_missing, *of_saver = flags.result()
             reason = Reason(stop)
             self.saver.update(*of_saver)
