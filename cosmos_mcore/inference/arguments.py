@@ -12,6 +12,7 @@ from cosmos_mcore.parallel.launch import world_size
 MAX_BATCH = 8  # sequences at a time: their caches (0.8 GB each for 4B, 2.1 GB for 12B) leave room on an 80 GB GPU
 BASE_MODEL, TEXT_MODEL = "Cosmos-Predict1-4B", "Cosmos-Predict1-5B-Video2World"  # the original's defaults
 SLOWEST_FPS, FASTEST_FPS = 0.01, 1000  # that files can say
+_LONGEST_NAME = 200  # bytes: file systems take 255, and what is written gets endings
 _WITH_TEXT = "text_and_"
 
 
@@ -98,6 +99,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     if args.input_image_or_video_path is None and args.batch_input_path is None:
         raise ValueError("give --input_image_or_video_path with an image or a video, or --batch_input_path with many")
+    if args.input_image_or_video_path is not None and args.batch_input_path is not None:
+        raise ValueError("--input_image_or_video_path and --batch_input_path both name inputs: give one of them")
     if args.batch_input_path is not None and args.prompt is not None:
         raise ValueError('the prompts of a batch are in its lines, as "prompt": leave --prompt away')
     if args.prompt is not None and not args.prompt.strip():
@@ -118,6 +121,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--video_save_name {args.video_save_name!r} must be a name; --video_save_folder is for folders"
         )
+    if len(os.fsencode(args.video_save_name)) > _LONGEST_NAME:
+        raise ValueError(f"--video_save_name is too long for a file's name; give at most {_LONGEST_NAME} characters")
     folder = Path(args.video_save_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

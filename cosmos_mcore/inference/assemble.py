@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from cosmos_mcore.checkpoint.architecture import describe
 from cosmos_mcore.checkpoint.recognize import open_checkpoint
 from cosmos_mcore.config import RunConfig, derive_video_layout, load_config
+from cosmos_mcore.config.derived import user_path
 from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.pipeline import VideoPipeline
@@ -53,14 +54,31 @@ def released_config(checkpoint_dir: Path) -> RunConfig:
     return config
 
 
-def check_tokenizer(config: RunConfig) -> None:
-    """Checks that the tokenizer's files are there, before a model is loaded; raises ValueError if not."""
+def check_tokenizer(config: RunConfig, config_file: Path | None) -> None:
+    """Checks that the tokenizer's files are there, before a model is loaded.
+
+    Args:
+        config: names the tokenizer.
+        config_file: the run's; None: ``config`` is that of a released model.
+
+    Raises:
+        ValueError: if not.
+    """
     path = config.tokenizer.path
-    if config.tokenizer.name != "haar" and path is not None and not (Path(path) / "decoder.jit").is_file():
-        raise ValueError(
-            f"there is no tokenizer in {path}; fetch it with scripts/download_autoregressive_checkpoints.py, or give "
-            "--checkpoint_dir with the folder that it is in"
+    if config.tokenizer.name == "haar" or path is None:
+        return
+    if all((user_path(path) / name).is_file() for name in ("encoder.jit", "decoder.jit")):
+        return
+    if config_file is not None:
+        advice = f"set tokenizer.path in {config_file} to the folder that it is in"
+    else:
+        advice = (
+            "give --checkpoint_dir with the folder that it is in; or, if this is no released model, --config with the "
+            "YAML file that it was trained with"
         )
+    raise ValueError(
+        f"there is no tokenizer in {path}; fetch it with scripts/download_autoregressive_checkpoints.py, or {advice}"
+    )
 
 
 def read_arch(checkpoint: Path, config_file: Path | None) -> ModelArch:

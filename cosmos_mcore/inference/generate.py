@@ -35,7 +35,8 @@ class TokenGenerator:
         most = network.ops.MAX_ROWS
         if most is not None and batch > most:
             raise ValueError(f"{batch} sequences cannot be generated at once on a GPU; give at most {most}")
-        self.network, self.batch, self.options, self.text_length = network, batch, options, text_length
+        self.network, self.batch, self.options = network, batch, options
+        self.made_for = batch, options, text_length
         self._cache = network.new_cache(batch, text_length)
 
         def integers(*shape: int) -> Tensor:

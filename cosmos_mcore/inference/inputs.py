@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cosmos_mcore.config.derived import SPATIAL_COMPRESSION, VideoLayout
+from cosmos_mcore.inference.pipeline import check_given, clip_frames
 from cosmos_mcore.inference.video_io import read_conditioning
 from cosmos_mcore.parallel.launch import is_rank_zero
 
@@ -28,23 +31,40 @@ class Item:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is read of each input: so many frames of this size; of an image one, unless only videos will do.
+    """What is read of each input, and what for.
 
     Attributes:
-        made_frames: of the result: more than are read of an input; None: no matter.
+        layout: of the model's clips.
+        frame_stride: as of ``read_conditioning``.
+        num_given: frames of a video that are continued; of an image it is one.
+        made_frames: of the result; None: of one clip.
+        truth: read a whole clip, whose first frames are continued; only a video has one.
     """
 
-    num_frames: int
-    height: int
-    width: int
+    layout: VideoLayout
     frame_stride: int
-    video_only: bool = False
+    num_given: int
     made_frames: int | None = None
+    truth: bool = False
+
+    def read(self, source: Path) -> Tensor:
+        """Frames [1, 3, T, H, W] float32 in [-1, 1] of one input.
+
+        Raises:
+            ValueError: if it cannot be read, or the model cannot continue it.
+        """
+        height, width = (SPATIAL_COMPRESSION * cells for cells in self.layout.latent_shape[1:])
+        frames = clip_frames(self.layout) if self.truth else self.num_given
+        clip = read_conditioning(source, frames, height, width, self.frame_stride)
+        if self.truth and clip.size(2) < frames:
+            raise ValueError(f"--compare needs a video, whose frames are the truth, but {source} is an image")
+        check_given(self.layout, clip[0, 0, : self.num_given].shape, self.made_frames)
+        return clip
 
 
 @dataclass
 class Failures:
-    """What went wrong with single inputs of a batch; each is told at once, too."""
+    """What went wrong with single inputs, while others go on; each is told at once, too."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -52,7 +72,7 @@ class Failures:
         """Notes and tells one."""
         self.lines.append(f"{where}: {error}")
         if is_rank_zero():
-            logger.error("error: %s: %s; going on with the next input", where, error)
+            logger.error("error: %s: %s", where, error)
 
 
 def read_batch_file(path: Path, with_prompts: bool, failures: Failures) -> list[Item]:
@@ -111,6 +131,27 @@ def _read_line(line: str, name: str) -> Item:
     return Item(source, name, (prompt.strip() or None) if isinstance(prompt, str) else None)
 
 
+def output_names(item: Item, samples: int) -> list[str]:
+    """What the videos of one input are called."""
+    return [item.name] if samples == 1 else [f"{item.name}_{sample}" for sample in range(samples)]
+
+
+def check_outputs(items: Sequence[Item], folder: Path, samples: int) -> None:
+    """Looks whether videos can take their names, before the first one is made.
+
+    Raises:
+        ValueError: if a folder has the name, or an input, which perhaps has yet to be read.
+    """
+    sources = {os.path.realpath(item.source) for item in items}
+    paths = [folder / f"{name}.mp4" for item in items for name in output_names(item, samples)]
+    for path in paths:
+        kind = "a folder" if path.is_dir() else "an input" if os.path.realpath(path) in sources else None
+        if kind is not None:
+            raise ValueError(
+                f"{path} is {kind}, and would be overwritten; change --video_save_folder or --video_save_name"
+            )
+
+
 def read_batches(
     items: Sequence[Item], wanted: Wanted, size: int, failures: Failures | None
 ) -> Iterator[tuple[list[Item], Tensor]]:
@@ -132,13 +173,7 @@ def read_batches(
     clips: list[Tensor] = []
     for item in items:
         try:
-            clip = read_conditioning(item.source, wanted.num_frames, wanted.height, wanted.width, wanted.frame_stride)
-            if wanted.video_only and clip.size(2) < wanted.num_frames:
-                raise ValueError(f"--compare needs a video, whose frames are the truth, but {item.source} is an image")
-            if wanted.made_frames is not None and wanted.made_frames <= clip.size(2):
-                raise ValueError(
-                    f"--num_frames {wanted.made_frames} leaves nothing to generate after {clip.size(2)} given frames"
-                )
+            clip = wanted.read(item.source)
         except ValueError as error:
             if failures is None:
                 raise

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_mcore.config import RunConfig, load_config, run_dir, validate
+from cosmos_mcore.config import RunConfig, derive_video_layout, load_config, run_dir, validate
 from cosmos_mcore.config.derived import prompt_cache_dir
 from cosmos_mcore.inference.arguments import (
     MAX_BATCH,
@@ -78,7 +78,14 @@ def main(arguments: list[str]) -> int:
     with lasting_imports():
         from cosmos_mcore.inference import assemble
         from cosmos_mcore.inference.guardrail import find_guardrail
-        from cosmos_mcore.inference.inputs import Failures, Item, Wanted, read_batch_file, read_batches
+        from cosmos_mcore.inference.inputs import (
+            Failures,
+            Item,
+            Wanted,
+            check_outputs,
+            read_batch_file,
+            read_batches,
+        )
         from cosmos_mcore.inference.sampling import SamplingOptions
         from cosmos_mcore.parallel.initialize import shut_down
 
@@ -89,6 +96,8 @@ def main(arguments: list[str]) -> int:
     config = assemble.share_over_processes(adapted_config(args, config_file), max(args.num_gpus, world_size()))
     check_arch_layout(config, arch)
     check_decoder(args, config)
+    if args.compare and args.num_frames not in (None, config.data.num_frames):
+        raise ValueError(f"--compare shows one clip of {config.data.num_frames} frames; leave --num_frames away")
     missing = processes_to_start(config)
     if missing:
         print(f"starting {missing} processes (as torchrun --nproc_per_node={missing} would)", flush=True)
@@ -104,9 +113,9 @@ def main(arguments: list[str]) -> int:
     source = prompt_source(args, config)
     prompts = [item.prompt for item in items if item.prompt is not None]
     source.check(prompts)
-    size = config.data.height, config.data.width, config.data.frame_stride
-    made_frames = None if args.compare else args.num_frames
-    wanted = Wanted(_frames_to_read(args, config), *size, video_only=args.compare, made_frames=made_frames)
+    check_outputs(items, Path(args.video_save_folder), args.num_samples)
+    layout = derive_video_layout(config, begin_of_video=arch.text_to_video)
+    wanted = Wanted(layout, config.data.frame_stride, given_frames(args), args.num_frames, args.compare)
     per_batch = max(1, MAX_BATCH // args.num_samples)
     batches = read_batches(items, wanted, per_batch, failures if batch else None)
     first = next(batches, None)  # a mistake in the first input shall not cost the loading of a model
@@ -140,7 +149,7 @@ def find_model(args: argparse.Namespace) -> tuple[Path, Path | None]:
 
     if args.checkpoint is not None:
         checkpoint = Path(args.checkpoint)
-    elif args.config is not None:
+    elif args.config is not None and args.ar_model_dir is None:
         checkpoint = run_dir(load_config(args.config))
     else:
         checkpoint = model_folder(args)
@@ -162,16 +171,8 @@ def adapted_config(args: argparse.Namespace, config_file: Path | None) -> RunCon
         value = getattr(args, name)
         setattr(config.data, name, getattr(config.data, name) if value is None else value)
     validate(config)
-    check_tokenizer(config)
+    check_tokenizer(config, config_file)
     return config
-
-
-def _frames_to_read(args: argparse.Namespace, config: RunConfig) -> int:
-    if not args.compare:
-        return given_frames(args)
-    if args.num_frames is not None and args.num_frames != config.data.num_frames:
-        raise ValueError(f"--compare shows one clip of {config.data.num_frames} frames; leave --num_frames away")
-    return config.data.num_frames
 
 
 def prompt_source(args: argparse.Namespace, config: RunConfig) -> PromptSource:
@@ -237,6 +238,8 @@ def _continue(
     """Generates all samples of some inputs at once; yields them on the first rank, nothing on others."""
     import torch
 
+    from cosmos_mcore.inference.inputs import output_names
+
     text = torch.stack([texts[item.prompt] for item in items if item.prompt is not None]) if texts else None
     given = clips[:, :, : given_frames(args)] if args.compare else clips
     samples = args.num_samples
@@ -250,7 +253,7 @@ def _continue(
     ]
     for place, video in enumerate(made):
         number, sample = divmod(place, samples)
-        name = items[number].name if samples == 1 else f"{items[number].name}_{sample}"
+        name = output_names(items[number], samples)[sample]
         yield _Result(items[number], name, video, clips[rows[number]], round_trips[number])
 
 

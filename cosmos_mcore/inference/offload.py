@@ -46,11 +46,11 @@ class Parking:
 
     @contextmanager
     def present(self) -> Iterator[None]:
-        """Has the tensors on their device within the block."""
-        for tensor, copy in zip(self._tensors, self._parked, strict=True):
-            tensor.untyped_storage().resize_(copy.nbytes)
-            tensor.copy_(copy, non_blocking=True)
+        """Has the tensors on their device within the block; leaves none there if there is no room for all."""
         try:
+            for tensor, copy in zip(self._tensors, self._parked, strict=True):
+                tensor.untyped_storage().resize_(copy.nbytes)
+                tensor.copy_(copy, non_blocking=True)
             yield
         finally:
             for tensor in self._tensors:

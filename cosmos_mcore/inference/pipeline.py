@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos_mcore.config.derived import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from cosmos_mcore.config.derived import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, VideoLayout
 from cosmos_mcore.inference.diffusion.decoder import DiffusionDecoder
 from cosmos_mcore.inference.generate import TokenGenerator
 from cosmos_mcore.inference.network import CachedNetwork
@@ -76,8 +76,7 @@ class VideoPipeline:
     @property
     def clip_frames(self) -> int:
         """Frames of one clip, as the model has learnt it."""
-        chunk = self.layout.pixel_chunk_duration
-        return self.layout.latent_shape[0] // latents_of(chunk) * chunk
+        return clip_frames(self.layout)
 
     def continue_videos(
         self,
@@ -111,7 +110,7 @@ class VideoPipeline:
             ValueError: if the frames have another size than the model's clips, or leave nothing to generate, or if
                 there is a text for a model that reads none, or none for one that does.
         """
-        num_given = self.check(given.shape[2:], num_frames)
+        num_given = check_given(self.layout, given.shape[2:], num_frames)
         wanted = self.clip_frames if num_frames is None else num_frames
         videos: list[Tensor] = []
         ids: list[Tensor] = []
@@ -200,26 +199,6 @@ class VideoPipeline:
         logger.info("decoded %d frames in %.1f s (diffusion decoder)", frames, seconds)
         return torch.stack(videos)
 
-    def check(self, shape: Sequence[int], num_frames: int | None = None) -> int:
-        """Checks that frames of ``shape`` (T, H, W) can be continued, and returns T.
-
-        Raises:
-            ValueError: if not; also if they are not fewer than ``num_frames``.
-        """
-        frames, height, width = shape
-        latent_frames, *cells = self.layout.latent_shape
-        size = tuple(SPATIAL_COMPRESSION * n for n in cells)
-        if (height, width) != size:
-            raise ValueError(f"the given frames are {height}x{width}, but the model makes clips of {size[0]}x{size[1]}")
-        if frames % TEMPORAL_COMPRESSION != 1 or latents_of(frames) >= latent_frames:
-            raise ValueError(
-                f"{frames} given frames do not fit: the model continues clips of {latent_frames} latent frames from 1 "
-                f"or 1 + a multiple of {TEMPORAL_COMPRESSION} frames, fewer than the clip has"
-            )
-        if num_frames is not None and num_frames <= frames:
-            raise ValueError(f"a video of {num_frames} frames leaves nothing to generate after {frames} given ones")
-        return frames
-
     def _generate(
         self,
         given: Tensor,
@@ -246,16 +225,17 @@ class VideoPipeline:
         prompt = F.pad(prompt, (first, 0), value=self.network.arch.vocab_size)
         text_length = 0 if text is None else text.size(1)
         with self._parking.present() if self._parking is not None else nullcontext():
-            generator = self._generator
             wanted = (batch, options, text_length)
-            if generator is None or (generator.batch, generator.options, generator.text_length) != wanted:
+            if self._generator is not None and self._generator.made_for != wanted:
                 self._generator = None  # its cache goes before the next one comes
-                generator = TokenGenerator(self.network, *wanted)
+            if self._generator is None:
+                self._generator = TokenGenerator(self.network, *wanted)
             started = time.perf_counter()
-            ids = generator(prompt, new_tokens, seeds, text, show)
-            if self._parking is None:
-                self._generator = generator
-            del generator
+            try:
+                ids = self._generator(prompt, new_tokens, seeds, text, show)
+            finally:
+                if self._parking is not None:
+                    self._generator = None
             total = new_tokens * batch
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -274,6 +254,32 @@ class VideoPipeline:
     def _frames_of(self, latents: int) -> int:
         """Pixel frames that so many latent frames stand for."""
         return pixel_frames(latents, self.layout.pixel_chunk_duration)
+
+
+def check_given(layout: VideoLayout, shape: Sequence[int], num_frames: int | None = None) -> int:
+    """Checks that a model of clips of ``layout`` can continue frames of ``shape`` (T, H, W), and returns T.
+
+    Raises:
+        ValueError: if not; also if they are not fewer than ``num_frames``.
+    """
+    frames, height, width = shape
+    latent_frames, *cells = layout.latent_shape
+    size = tuple(SPATIAL_COMPRESSION * n for n in cells)
+    if (height, width) != size:
+        raise ValueError(f"the given frames are {height}x{width}, but the model makes clips of {size[0]}x{size[1]}")
+    if frames % TEMPORAL_COMPRESSION != 1 or latents_of(frames) >= latent_frames:
+        raise ValueError(
+            f"{frames} given frames do not fit: the model continues clips of {latent_frames} latent frames from 1 "
+            f"or 1 + a multiple of {TEMPORAL_COMPRESSION} frames, fewer than the clip has"
+        )
+    if num_frames is not None and num_frames <= frames:
+        raise ValueError(f"a video of {num_frames} frames leaves nothing to generate after {frames} given ones")
+    return frames
+
+
+def clip_frames(layout: VideoLayout) -> int:
+    """Pixel frames of one clip."""
+    return pixel_frames(layout.latent_shape[0], layout.pixel_chunk_duration)
 
 
 def pixel_frames(latents: int, chunk: int) -> int:

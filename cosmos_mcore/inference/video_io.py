@@ -14,13 +14,12 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from cosmos_mcore.data.encode import encode_mp4
-from cosmos_mcore.data.images import read_image
+from cosmos_mcore.data.images import is_image, read_image
 from cosmos_mcore.data.mp4 import Mp4File, UnreadableVideoError
 from cosmos_mcore.data.transforms import normalize
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DEFAULT_FPS = 25.0  # as the original writes all its videos
 _MOST_COVERED = 50  # times the size that is cut out: an image of 1x10000 pixels would become 126 GB
 
@@ -81,7 +80,7 @@ def read_conditioning(
     path = Path(path)
     if not os.path.isfile(path):  # which is False, too, where no file can have such a name
         raise ValueError(f"there is no file {path}; give the path of an image or a video")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if is_image(path.name):
         if num_frames > 1:
             logger.info("%s is an image: it gives 1 conditioning frame, not %d", path, num_frames)
         frames = _read_image(path)
@@ -92,7 +91,7 @@ def read_conditioning(
 
 def frame_rate(path: str | os.PathLike[str], frame_stride: int = 1) -> float:
     """Frames per second of a video of which every ``frame_stride``-th frame is taken; for an image, 25."""
-    if Path(path).suffix.lower() in IMAGE_SUFFIXES:
+    if is_image(os.fspath(path)):
         return DEFAULT_FPS
     with Mp4File(path) as file:
         return float(file.rate or DEFAULT_FPS) / frame_stride

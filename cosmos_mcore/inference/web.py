@@ -26,7 +26,7 @@ from torch import Tensor
 from cosmos_mcore.config import RunConfig
 from cosmos_mcore.inference.guardrail import Guardrail
 from cosmos_mcore.inference.picture import GENERATED, GIVEN
-from cosmos_mcore.inference.pipeline import Continuation, VideoPipeline
+from cosmos_mcore.inference.pipeline import Continuation, VideoPipeline, check_given
 from cosmos_mcore.inference.prompts import PromptSource
 from cosmos_mcore.inference.sampling import SamplingOptions
 from cosmos_mcore.inference.video_io import frame_rate, read_conditioning, to_frames, write_mp4
@@ -138,7 +138,7 @@ class Studio:
             self._prompts.check([prompt])
         data = self._config.data
         given = read_conditioning(source, GIVEN_FRAMES, data.height, data.width, data.frame_stride)
-        num_given = self.pipeline.check(given.shape[2:], num_frames)
+        num_given = check_given(self.pipeline.layout, given.shape[2:], num_frames)
         fps = frame_rate(source, data.frame_stride)
         yield State("waiting for the model ...")
         started = time.perf_counter()

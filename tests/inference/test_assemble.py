@@ -1,10 +1,18 @@
 """Which config a checkpoint stands for."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from cosmos_mcore.config import RunConfig, derive_video_layout, validate
-from cosmos_mcore.inference.assemble import find_run_config, load_pipeline, released_config, share_over_processes
+from cosmos_mcore.inference.assemble import (
+    check_tokenizer,
+    find_run_config,
+    load_pipeline,
+    released_config,
+    share_over_processes,
+)
 from cosmos_mcore.model.presets import resolve_arch
 from tests.inference.models import NO_GROUP
 
@@ -38,6 +46,18 @@ def test_released_models_make_the_original_s_clips(tmp_path):
     assert layout.latent_shape == (5, 40, 64)
     assert layout.num_tokens == 12800
     assert config.tokenizer.path == str(tmp_path / "Cosmos-Tokenize1-DV8x16x16-720p")
+
+
+def test_a_tokenizer_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = RunConfig()
+    config.tokenizer.name, config.tokenizer.path = "dv8x16x16", "~/tokenizer"
+    (tmp_path / "tokenizer").mkdir()
+    for file in ("decoder.jit", "encoder.jit"):
+        with pytest.raises(ValueError, match="no tokenizer in ~/tokenizer; .* set tokenizer.path in run.yaml"):
+            check_tokenizer(config, Path("run.yaml"))
+        (tmp_path / "tokenizer" / file).touch()
+    check_tokenizer(config, Path("run.yaml"))
 
 
 def test_any_training_layout_becomes_tensor_parallelism():

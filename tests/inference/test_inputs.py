@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_mcore.inference.inputs import Failures, Item, Wanted, read_batch_file, read_batches
+from cosmos_mcore.config.derived import VideoLayout
+from cosmos_mcore.inference.inputs import Failures, Item, Wanted, check_outputs, read_batch_file, read_batches
 from cosmos_mcore.inference.video_io import write_mp4
 
-WANTED = Wanted(9, 16, 32, 1)
+WANTED = Wanted(VideoLayout(17, (3, 1, 2), False, 6, 1), 1, 9)
 
 
 def video(path, frames):
@@ -89,8 +90,33 @@ def test_nothing_to_generate_is_a_matter_of_each_input(tmp_path):
     failures = Failures()
     ((group, clips),) = read_batches(items, replace(WANTED, made_frames=5), 2, failures)
     assert ([item.name for item in group], clips.size(2)) == (["1"], 1)
-    assert failures.lines[0] == "0: --num_frames 5 leaves nothing to generate after 9 given frames"
+    assert failures.lines[0] == "0: a video of 5 frames leaves nothing to generate after 9 given ones"
     assert failures.lines[1].startswith("2: there is no file aaa")
+
+
+def test_more_given_frames_than_clips_have_are_a_matter_of_each_input(tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 20)).save(picture)
+    items, failures = [Item(video(tmp_path / "good.mp4", 12), "0"), Item(picture, "1")], Failures()
+    wanted = replace(WANTED, layout=VideoLayout(9, (2, 1, 2), False, 4, 1))
+    ((group, _),) = read_batches(items, wanted, 2, failures)
+    assert [item.name for item in group] == ["1"]
+    assert failures.lines[0].startswith("0: 9 given frames do not fit")
+
+
+def test_no_video_takes_the_place_of_an_input(tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    (tmp_path / "link").symlink_to(made)
+    (made / "folder.mp4").mkdir()
+    source = video(made / "1.mp4", 1)
+    items = [Item(tmp_path / "clip.mp4", "0"), Item(tmp_path / "link" / "1.mp4", "2")]
+    check_outputs(items, made, 1)
+    for name, samples, message in (("1", 1, "is an input"), ("folder", 1, "is a folder"), ("other", 2, "is an input")):
+        if samples == 2:
+            items = [Item(source.rename(made / "other_1.mp4"), "0")]
+        with pytest.raises(ValueError, match=message):
+            check_outputs([*items, Item(tmp_path / "clip.mp4", name)], made, samples)
 
 
 def test_a_single_input_s_mistake_ends_everything(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cosmos_mcore.checkpoint.names import original_shapes
-from cosmos_mcore.config import RunConfig, to_yaml
+from cosmos_mcore.config import RunConfig, load_config, to_yaml
 from cosmos_mcore.inference import main as command
 from cosmos_mcore.inference.inputs import Item
 from cosmos_mcore.inference.video_io import write_mp4
@@ -121,6 +121,10 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch):
     released = ["--checkpoint_dir", folder / "released"]
     other = tmp_path / "other.yaml"
     other.write_text("model:\n  preset: tiny\n")
+    own = tmp_path / "own.yaml"
+    config = load_config(folder / "checkpoints" / "tiny" / "config.yaml")
+    config.tokenizer.name, config.tokenizer.path = "dv8x16x16", str(tmp_path)
+    own.write_text(to_yaml(config))
     for more, message in (
         ([], "give --input_image_or_video_path"),
         (["--input_image_or_video_path", folder / "missing.mp4"], "there is no file"),
@@ -135,13 +139,17 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch):
         ([*clip, "--fps", 0], "--fps 0.0 must lie between 0.01 and 1000"),
         ([*clip, "--fps", "nan"], "--fps nan must lie between"),
         ([*clip, "--video_save_name="], "must be a name"),
+        ([*clip, "--video_save_name", "n" * 201], "--video_save_name is too long"),
+        ([*clip, "--video_save_folder", folder, "--video_save_name", "clip"], "clip.mp4 is an input, and would be"),
+        ([*clip, "--batch_input_path", folder / "missing.jsonl"], "both name inputs"),
+        ([*clip, "--config", own, *released, "--ar_model_dir", "mine"], "tokenizer.path in"),
         ([*clip, "--seed", -1], "--seed -1"),
         ([*clip, "--top_p", 2], "top_p=2.0 must lie between"),
         ([*clip, "--height", 40], "data.height=40 must be a multiple of 16"),
         ([*clip, "--num_gpus", 3], "does not divide"),
         ([*clip, "--ar_model_dir", "absent"], "download_autoregressive_checkpoints.py"),
         ([*clip, *released, "--ar_model_dir", "Cosmos-Predict1-12B"], "is not a 12B model"),
-        ([*clip, *released, "--ar_model_dir", "mine"], "there is no tokenizer in"),
+        ([*clip, *released, "--ar_model_dir", "mine"], "--config with the YAML file that it was trained with"),
         ([*clip, "--config", other, "--checkpoint", folder / "checkpoints" / "tiny"], "holds another model"),
         ([*clip, "--checkpoint", folder / "clip.mp4"], "clip.mp4"),
         (["--batch_input_path", folder / "missing.jsonl"], "there is no file"),

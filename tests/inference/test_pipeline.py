@@ -1,5 +1,6 @@
 """From frames to frames, with a tiny model of random weights on one process."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -119,6 +120,19 @@ def test_offloading_changes_nothing_but_memory(pipeline, clips):
         assert embedding.untyped_storage().nbytes() == 0
     assert len(made) == 4  # to encode and to decode, twice
     assert torch.equal(ids_of([result])[0], ids_of(pipeline.continue_videos(given, OPTIONS, [0]))[0])
+
+
+def test_an_old_cache_is_gone_before_the_next_one_comes(clips, monkeypatch):
+    pipeline, alive = make(), []
+    pipeline.continue_videos(clips[:1, :, :9], OPTIONS, [0])
+    old = weakref.ref(pipeline._generator)
+    monkeypatch.setattr(
+        "cosmos_mcore.inference.pipeline.TokenGenerator", lambda *of: alive.append(old()) or TokenGenerator(*of)
+    )
+    pipeline.continue_videos(clips[:1, :, :1], OPTIONS, [1])
+    assert alive == [], "the same one serves"
+    pipeline.continue_videos(clips[:, :, :9], OPTIONS, [0, 1])
+    assert alive == [None]
 
 
 def test_fp8_weights_give_nearly_the_same_logits():
