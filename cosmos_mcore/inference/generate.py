@@ -69,7 +69,7 @@ class TokenGenerator:
             Ids [B, P + num_new_tokens] int64, the prompt in front.
 
         Raises:
-            ValueError: for more tokens than the model has positions, or another batch.
+            ValueError: for more tokens than the model has positions, another batch, or weights that are no numbers.
         """
         batch, length = prompt.shape
         if batch != self.batch or len(seeds) != batch:
@@ -82,7 +82,10 @@ class TokenGenerator:
         self._seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
         self._ids[:, :length] = prompt
         self._position.fill_(length - 1)
-        self._draw(self.network.prefill(prompt, self._cache, text))
+        logits = self.network.prefill(prompt, self._cache, text)
+        if not logits.isfinite().all():  # a GPU would draw an id that there is not
+            raise ValueError("the model's logits are not finite numbers: its training has diverged, or it is damaged")
+        self._draw(logits)
         first, per_frame = int(self.network.layout.begin_of_video), math.prod(self.network.layout.latent_shape[1:])
         for there in range(length + 1, length + num_new_tokens):
             if on_frame is not None and (there - first) % per_frame == 0:

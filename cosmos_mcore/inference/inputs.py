@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cosmos_mcore.config.derived import SPATIAL_COMPRESSION, VideoLayout
-from cosmos_mcore.inference.pipeline import check_given, clip_frames
+from cosmos_mcore.inference.pipeline import check_given, pixel_frames
 from cosmos_mcore.inference.video_io import read_conditioning
 from cosmos_mcore.parallel.launch import is_rank_zero
 
@@ -53,8 +53,9 @@ class Wanted:
         Raises:
             ValueError: if it cannot be read, or the model cannot continue it.
         """
-        height, width = (SPATIAL_COMPRESSION * cells for cells in self.layout.latent_shape[1:])
-        frames = clip_frames(self.layout) if self.truth else self.num_given
+        latents, *cells = self.layout.latent_shape
+        height, width = (SPATIAL_COMPRESSION * number for number in cells)
+        frames = pixel_frames(latents, self.layout.pixel_chunk_duration) if self.truth else self.num_given
         clip = read_conditioning(source, frames, height, width, self.frame_stride)
         if self.truth and clip.size(2) < frames:
             raise ValueError(f"--compare needs a video, whose frames are the truth, but {source} is an image")

@@ -76,7 +76,7 @@ class VideoPipeline:
     @property
     def clip_frames(self) -> int:
         """Frames of one clip, as the model has learnt it."""
-        return clip_frames(self.layout)
+        return self._frames_of(self.layout.latent_shape[0])
 
     def continue_videos(
         self,
@@ -275,11 +275,6 @@ def check_given(layout: VideoLayout, shape: Sequence[int], num_frames: int | Non
     if num_frames is not None and num_frames <= frames:
         raise ValueError(f"a video of {num_frames} frames leaves nothing to generate after {frames} given ones")
     return frames
-
-
-def clip_frames(layout: VideoLayout) -> int:
-    """Pixel frames of one clip."""
-    return pixel_frames(layout.latent_shape[0], layout.pixel_chunk_duration)
 
 
 def pixel_frames(latents: int, chunk: int) -> int:

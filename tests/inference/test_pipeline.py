@@ -223,6 +223,13 @@ def test_what_does_not_fit_is_refused(pipeline):
             pipeline.continue_videos(given, OPTIONS, [0], num_frames)
 
 
+def test_weights_that_are_no_numbers_are_told(clips):
+    pipeline = make()
+    pipeline.network.weights.final_norm[3] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite"):
+        pipeline.continue_videos(clips[:1, :, :9], OPTIONS, [0])
+
+
 def test_gpu_batches_are_limited():
     network = CachedNetwork(random_weights(ARCH), ARCH, LAYOUT, NO_GROUP)
     network.ops = SimpleNamespace(MAX_ROWS=16)

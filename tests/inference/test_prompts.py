@@ -147,7 +147,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(folder, tmp_path, monke
         ([*clip, "--prompt", " "], "--prompt is empty"),
         ([*clip, *plain, "--prompt", "a car"], "Base reads no text: leave --prompt"),
         ([*clip, *plain, "--input_type=text_and_image"], "Base reads no text: leave --prompt"),
-        ([*clip, "--prompt", "a car", "--batch_input_path", no_prompts], "leave --prompt away"),
+        (["--prompt", "a car", "--batch_input_path", no_prompts], "leave --prompt away"),
         (["--batch_input_path", no_prompts], "names no good input"),
         ([*clip, *there, *unknown], "mean_std.pt, which are not there; get it with scripts/download_"),
         ([*clip, *there, *unknown, "--disable_diffusion_decoder"], "there is no text encoder in"),
