@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosmos_mcore.config.derived import SPATIAL_COMPRESSION, VideoLayout
 from cosmos_mcore.inference.pipeline import check_given, pixel_frames
-from cosmos_mcore.inference.video_io import read_conditioning
+from cosmos_mcore.inference.video_io import DEFAULT_FPS, frame_rate, read_conditioning
 from cosmos_mcore.parallel.launch import is_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -22,11 +22,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Item:
-    """One input: what to continue, the name of the result, without suffix, and the prompt where the model reads one."""
+    """One input.
+
+    Attributes:
+        source: what to continue.
+        name: of the result, without suffix.
+        prompt: where the model reads one.
+        rate: frames per second of what is read of it; known once it has been read.
+    """
 
     source: Path
     name: str
     prompt: str | None = None
+    rate: float = DEFAULT_FPS
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ def read_batches(
         failures: gets those that cannot be read; None: the first one ends everything.
 
     Yields:
-        The items and their frames [B, 3, T, H, W] float32 in [-1, 1].
+        The items, with their rates, and their frames [B, 3, T, H, W] float32 in [-1, 1].
 
     Raises:
         ValueError: without ``failures``, if an input cannot be read.
@@ -175,6 +183,7 @@ def read_batches(
     for item in items:
         try:
             clip = wanted.read(item.source)
+            item = replace(item, rate=frame_rate(item.source, wanted.frame_stride))
         except ValueError as error:
             if failures is None:
                 raise

@@ -132,7 +132,7 @@ def main(arguments: list[str]) -> int:
             if video is None:
                 failures.add(result.name, "the guardrail blocks this video, so it is not written")
                 continue
-            _write(args, config, result, video)
+            _write(args, result, video)
             written += 1
     shut_down()
     # Not on other ranks: the launcher would end the first one, which may still be writing.
@@ -257,15 +257,15 @@ def _continue(
         yield _Result(items[number], name, video, clips[rows[number]], round_trips[number])
 
 
-def _write(args: argparse.Namespace, config: RunConfig, result: _Result, video: Tensor) -> None:
+def _write(args: argparse.Namespace, result: _Result, video: Tensor) -> None:
     """Writes one result; ``video`` is what the guardrail has left of it.
 
     Raises:
         ValueError: if the folder cannot be written to any more.
     """
-    from cosmos_mcore.inference.video_io import frame_rate, write_mp4
+    from cosmos_mcore.inference.video_io import write_mp4
 
-    fps = args.fps if args.fps is not None else frame_rate(result.item.source, config.data.frame_stride)
+    fps = args.fps if args.fps is not None else result.item.rate
     folder = Path(args.video_save_folder)
     try:
         written = [write_mp4(folder / f"{result.name}.mp4", video, fps)]

@@ -74,7 +74,9 @@ def test_groups_hold_what_can_be_generated_together(tmp_path):
     paths = [good, short, good, tmp_path / "missing.mp4", good, picture, sound, good]
     items = [Item(path, str(number)) for number, path in enumerate(paths)]
     failures = Failures()
-    groups = [([item.name for item in group], clips) for group, clips in read_batches(items, WANTED, 2, failures)]
+    batches = list(read_batches(items, WANTED, 2, failures))
+    assert [[item.rate for item in group] for group, _ in batches] == [[24, 24], [24], [25], [24]]
+    groups = [([item.name for item in group], clips) for group, clips in batches]
     assert [names for names, _ in groups] == [["0", "2"], ["4"], ["5"], ["7"]]
     assert [tuple(clips.shape) for _, clips in groups] == [
         (n, 3, t, 16, 32) for n, t in ((2, 9), (1, 9), (1, 1), (1, 9))

@@ -166,7 +166,7 @@ def test_what_cannot_be_written_in_the_end_is_one_line(folder, tmp_path):
     result = command._Result(Item(folder / "clip.mp4", "made"), "made", None, None, None)
     args = SimpleNamespace(fps=None, video_save_folder=str(tmp_path))
     with pytest.raises(ValueError, match=f"made cannot be written to {tmp_path}: Is a directory"):
-        command._write(args, RunConfig(), result, torch.zeros(3, 2, 32, 48))
+        command._write(args, result, torch.zeros(3, 2, 32, 48))
     assert [path.name for path in tmp_path.iterdir()] == ["made.mp4"]
 
 
