@@ -233,13 +233,12 @@ class VideoPipeline:
             started = time.perf_counter()
             try:
                 ids = self._generator(prompt, new_tokens, seeds, text, show)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
             finally:
                 if self._parking is not None:
                     self._generator = None
-            total = new_tokens * batch
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
+            total, seconds = new_tokens * batch, time.perf_counter() - started
         logger.info("generated %d tokens in %.1f s (%.1f tokens/s)", total, seconds, total / seconds)
         return ids[:, first:].unflatten(1, (latent_frames, *cells))
 
