@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cosmos_mcore.config import RunConfig, derive_video_layout, load_config, run_dir, validate
 from cosmos_mcore.config.derived import prompt_cache_dir
+from cosmos_mcore.config.schema import PrecisionConfig
 from cosmos_mcore.inference.arguments import (
     MAX_BATCH,
     check_arguments,
@@ -166,7 +167,7 @@ def adapted_config(args: argparse.Namespace, config_file: Path | None) -> RunCon
     from cosmos_mcore.inference.assemble import check_tokenizer, released_config
 
     config = released_config(Path(args.checkpoint_dir)) if config_file is None else load_config(config_file)
-    config.precision.fp8 = None  # a recipe of training
+    config.precision = PrecisionConfig(dtype=config.precision.dtype)  # the rest is how training computed
     for name in ("height", "width"):
         value = getattr(args, name)
         setattr(config.data, name, getattr(config.data, name) if value is None else value)

@@ -161,6 +161,14 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch):
     assert list(made.iterdir()) == []
 
 
+def test_a_model_trained_in_fp8_is_generated_with_in_its_own_precision(tmp_path):
+    config, file = RunConfig(), tmp_path / "config.yaml"
+    config.precision.fp8, config.precision.fp8_first_last_bf16 = "tensorwise", [1, 1]
+    file.write_text(to_yaml(config))
+    adapted = command.adapted_config(SimpleNamespace(height=32, width=None), file)
+    assert (adapted.precision.dtype, adapted.precision.fp8, adapted.data.height) == ("bf16", None, 32)
+
+
 def test_what_cannot_be_written_in_the_end_is_one_line(folder, tmp_path):
     (tmp_path / "made.mp4").mkdir()
     result = command._Result(Item(folder / "clip.mp4", "made"), "made", None, None, None)
