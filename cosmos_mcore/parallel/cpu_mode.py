@@ -72,10 +72,6 @@ class _InOrder(contextlib.nullcontext):
         return 0.0
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
 def enable() -> None:
     """Switches CPU mode on for the rest of the process; says so in the log. Does nothing a second time."""
     global _mode
@@ -86,7 +82,8 @@ def enable() -> None:
 
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
-    cuda.set_device = cuda.synchronize = cuda.empty_cache = _nothing
+    for name in ("set_device", "synchronize", "empty_cache"):  # torch.compile takes no function under two names
+        setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.current_stream = cuda.default_stream = _InOrder
     cuda.Stream = cuda.Event = _InOrder
     cuda.stream = lambda stream=None: contextlib.nullcontext()

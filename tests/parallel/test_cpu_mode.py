@@ -1,6 +1,7 @@
 """What Megatron-Core asks of CUDA, asked of CPU mode."""
 
 import torch
+from torch._dynamo import trace_rules
 
 from cosmos_mcore.parallel import cpu_mode
 from tests.processes import run_ranks
@@ -44,10 +45,16 @@ def random_state():
     assert torch.equal(torch.rand(4), first)
 
 
+def compiling():
+    trace_rules.get_torch_obj_rule_map.cache_clear()  # made anew, as where nothing was compiled before
+    doubled = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
+    assert doubled(torch.ones(2)).tolist() == [2, 2]
+
+
 if __name__ == "__main__":
     if torch.cuda.is_available():
         raise SystemExit  # CPU mode is only for machines without CUDA
     cpu_mode.enable()
     cpu_mode.enable()
-    for check in (devices, streams, random_state):
+    for check in (devices, streams, random_state, compiling):
         check()
