@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from cosmos_mcore.inference import triton_draw_kernels as draw_kernels
@@ -30,8 +31,10 @@ _ROUNDS = 6  # of 32 ways: 2^30, all floats from 0 to 1
 AHEAD_BYTES = 12 * 2**20
 _SMS, _SHARED = 132, 220 * 2**10  # of an H100: multiprocessors, and the bytes that each has for its programs
 # A kernel starts up while the one before still runs (programmatic dependent launch, from Hopper on): about a
-# microsecond each for some 120 kernels per step.
-OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+# microsecond each for some 120 kernels per step. Triton can say so from 3.4 on (torch 2.8).
+OVERLAP = (
+    torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")
+)
 
 
 class Tiles(NamedTuple):
