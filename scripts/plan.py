@@ -9,7 +9,7 @@ See docs/performance.md for what the numbers rest on.
 import argparse
 from pathlib import Path
 
-from cosmos_mcore.config import load_config
+from cosmos_mcore.config import derive_video_layout, load_config
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.model.presets import PRESETS
 from cosmos_mcore.parallel.command_line import run_command
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     count, memory = parse_gpus(args.gpus)
     config = _config(args, count)
     found = plans(config, count, memory)
-    print(table(config, found[: args.top], count, memory))
+    print(table(config, found, count, memory, args.top))
     return 0 if found else 1
 
 
@@ -44,8 +44,9 @@ def _config(args: argparse.Namespace, count: int) -> RunConfig:
     if args.model:
         keys = [f"model.preset={args.model}", *keys]
     config = load_config(path, keys)
-    if args.tokens:
-        config.data.height, config.data.width = clip_of_tokens(args.tokens)
+    if args.tokens is not None:
+        latents, *_ = derive_video_layout(config).latent_shape
+        config.data.height, config.data.width = clip_of_tokens(args.tokens, latents)
     return config
 
 

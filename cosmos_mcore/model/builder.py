@@ -113,6 +113,7 @@ def transformer_config(
         # Interleaved schedules with batched point-to-point calls give wrong gradients on gloo without an error.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # a wait for the device that PyTorch needed until 1.13 (pytorch#82450)
         deallocate_pipeline_outputs=transformer_engine or not interleaved,
         # Fused kernels exist on GPUs only.
         gradient_accumulation_fusion=transformer_engine,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
-from cosmos_mcore.config.derived import TEXT_WIDTH
+from cosmos_mcore.config.derived import TEXT_WIDTH, num_microbatches
 from cosmos_mcore.config.schema import ModelConfig, RunConfig
-from cosmos_mcore.parallel.layout import check_layout
+from cosmos_mcore.parallel.layout import check_layout, check_num_microbatches, check_world_size
 
 
 @dataclass(frozen=True)
@@ -103,3 +103,41 @@ def check_arch_layout(config: RunConfig, arch: ModelArch) -> None:
         ffn_hidden_size=arch.ffn_hidden_size,
         vocab_size=arch.vocab_size,
     )
+
+
+def check_run_layout(config: RunConfig, arch: ModelArch, world_size: int) -> None:
+    """Checks that model, layout, processes and batch suit each other.
+
+    Raises:
+        ValueError: naming the key to change.
+    """
+    check_arch_layout(config, arch)
+    _check_fp8(config, arch)
+    check_world_size(config, world_size)
+    check_num_microbatches(config, num_microbatches(config, world_size))
+
+
+def _check_fp8(config: RunConfig, arch: ModelArch) -> None:
+    precision, parallel = config.precision, config.parallel
+    if precision.fp8 is None:
+        return
+    tp, head = parallel.tensor_model_parallel_size, arch.kv_channels
+    multiple = 32 if precision.fp8 == "mxfp8" else 16  # what FP8 products demand of both sizes of a matrix
+    sizes = {
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size // tp,
+        "num_attention_heads x kv_channels": arch.num_attention_heads * head // tp,
+        "2 x num_query_groups x kv_channels": 2 * arch.num_query_groups * head // tp,
+    }
+    for name, size in sizes.items():
+        if size % multiple:
+            raise ValueError(
+                f"precision.fp8={precision.fp8} needs multiples of {multiple}, and model.{name} leaves {size} on each "
+                f"of {tp} tensor-parallel ranks; change the size or the layout, or set precision.fp8=null"
+            )
+    most = arch.num_layers // parallel.pipeline_model_parallel_size
+    if max(precision.fp8_first_last_bf16) > most:
+        raise ValueError(
+            f"precision.fp8_first_last_bf16={precision.fp8_first_last_bf16}: Megatron leaves at most the layers of one "
+            f"pipeline stage in bf16 at each end, here {most}; lower it"
+        )

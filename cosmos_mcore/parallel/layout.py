@@ -55,22 +55,50 @@ def pipeline_split(parallel: ParallelConfig, num_layers: int) -> PipelineSplit:
     Raises:
         ValueError: if no split fits; names the nearest that does.
     """
-    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
-    if first is not None or last is not None:
+    if (
+        parallel.num_layers_in_first_pipeline_stage is not None
+        or parallel.num_layers_in_last_pipeline_stage is not None
+    ):
         _check_given_stages(parallel, num_layers)
         return PipelineSplit()
-    for embedding, head in ((False, False), (False, True), (True, True)):
-        if (num_layers + embedding + head) % stages == 0 and num_layers + embedding + head >= 2 * stages * embedding:
-            return PipelineSplit(embedding, head)
-    sizes = range(parallel.pipeline_model_parallel_size - 1, 0, -1)
-    near = next(n for n in sizes if any((num_layers + more) % n == 0 for more in (0, 1, 2)))
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    split = _even_split(stages, num_layers)
+    if split is not None:
+        return split
+    sizes = range(parallel.pipeline_model_parallel_size - 1, 1, -1)
+    near = next((size for size in sizes if _even_split(size, num_layers) is not None), 1)
     raise ValueError(
         f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} with {stages} stages in all "
         f"does not suit {num_layers} layers, with or without embedding and head; try pipeline_model_parallel_size="
         f"{near} without virtual stages, or set num_layers_in_first_pipeline_stage and "
         "num_layers_in_last_pipeline_stage"
     )
+
+
+def _even_split(stages: int, num_layers: int) -> PipelineSplit | None:
+    for embedding, head in ((False, False), (False, True), (True, True)):
+        units = num_layers + embedding + head
+        if units % stages == 0 and units >= 2 * stages * embedding:
+            return PipelineSplit(embedding, head)
+    return None
+
+
+def stage_layers(parallel: ParallelConfig, num_layers: int) -> list[list[int]]:
+    """Layers of each pipeline stage, as the sizes of its chunks: one, or several with virtual stages.
+
+    Raises:
+        ValueError: as ``pipeline_split``.
+    """
+    split = pipeline_split(parallel, num_layers)
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    units = num_layers - (first or 0) - (last or 0) + split.embedding_counts + split.head_counts
+    others = units // max(1, stages - (first is not None) - (last is not None))
+    sizes = [others if first is None else first, *[others] * (stages - 2), others if last is None else last][:stages]
+    layers = [[size // virtual] * virtual for size in sizes]
+    layers[0][0] -= split.embedding_counts
+    layers[-1][-1] -= split.head_counts
+    return layers
 
 
 def _check_given_stages(parallel: ParallelConfig, num_layers: int) -> None:

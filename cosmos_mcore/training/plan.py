@@ -6,22 +6,24 @@ layouts in time.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cosmos_mcore.config.derived import (
     SPATIAL_COMPRESSION,
-    TEMPORAL_COMPRESSION,
     data_parallel_size,
     derive_video_layout,
     num_microbatches,
 )
 from cosmos_mcore.config.schema import ParallelConfig, RunConfig
-from cosmos_mcore.model.presets import ModelArch, check_arch_layout, resolve_arch
-from cosmos_mcore.parallel.layout import check_num_microbatches, check_world_size
+from cosmos_mcore.config.validate import validate
+from cosmos_mcore.config.values import show
+from cosmos_mcore.model.presets import ModelArch, check_run_layout, resolve_arch
+from cosmos_mcore.parallel.layout import stage_layers
 
 _BYTES = {"bf16": 2, "fp32": 4}
 _WORKSPACE = 1.0e9  # cuBLAS, cuDNN, and what is alive for a moment between two kernels
@@ -31,8 +33,19 @@ _LINEAR_TFLOPS = {"fp8": 936.0, "bf16": 593.0, "fp32": 40.0}
 _ATTENTION_TFLOPS = 432.0
 _WEIGHT_CAST_SECONDS = 3.1e-12  # per FP8 weight and step
 _OPTIMIZER_BYTES_PER_SECOND = 2.6e12
+_ACCUMULATE_SECONDS = 1.9e-12  # per byte of gradients and micro-batch, where a step has more than one
 _NVLINK, _NETWORK = 300e9, 40e9  # bytes per second and GPU, seen in collectives
 _GPUS_PER_NODE = 8
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
+# What a layout of one config may say and layouts to choose from do not.
+_PLAIN: dict[str, None] = dict.fromkeys(
+    (
+        "virtual_pipeline_model_parallel_size",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "recompute_num_layers",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -64,14 +77,6 @@ class Memory:
         return f"{self.peak / 1e9:.1f} GB ({parts})"
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """The pipeline stage with the most to hold: the first has the embedding and the most micro-batches in flight."""
-
-    layers: float
-    in_flight: float
-
-
 def _layer_weights(arch: ModelArch) -> int:
     width = arch.num_attention_heads * arch.kv_channels
     groups = arch.num_query_groups * arch.kv_channels
@@ -80,13 +85,13 @@ def _layer_weights(arch: ModelArch) -> int:
     return attention + cross + 3 * arch.hidden_size * arch.ffn_hidden_size
 
 
-def _stage(parallel: ParallelConfig, arch: ModelArch, microbatches: int) -> _Stage:
-    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    layers = arch.num_layers / stages
-    if stages == 1:
-        return _Stage(layers, 1)
-    interleaving = 1 + (stages - 1) / (stages * virtual) if virtual > 1 else 1
-    return _Stage(math.ceil(layers), min(stages * interleaving, microbatches))
+def _in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> float:
+    """Micro-batches whose activations a pipeline stage holds at once; earlier stages hold more."""
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    later = stages - 1 - stage
+    if virtual is None:
+        return min(later + 1, microbatches)
+    return min(2 * later + (virtual - 1) * stages + 1, microbatches * virtual) / virtual  # it counts single chunks
 
 
 def _activation_bytes(config: RunConfig, arch: ModelArch) -> tuple[float, float]:
@@ -115,35 +120,39 @@ def estimate_memory(config: RunConfig, world_size: int) -> Memory:
     """Memory of the fullest GPU of a run.
 
     Args:
-        config: a run that ``check_arch_layout`` has passed.
+        config: a run that ``check_run_layout`` has passed.
         world_size: processes.
     """
     arch = resolve_arch(config.model)
+    stages = stage_layers(config.parallel, arch.num_layers)
+    parts = [_stage_memory(config, world_size, arch, stage, chunks) for stage, chunks in enumerate(stages)]
+    return max(parts, key=lambda memory: memory.peak)
+
+
+def _stage_memory(config: RunConfig, world_size: int, arch: ModelArch, stage: int, chunks: list[int]) -> Memory:
+    """Memory of a GPU of one pipeline stage with so many layers in each of its chunks."""
     parallel, precision = config.parallel, config.precision
     layout = derive_video_layout(config, arch.text_to_video)
-    microbatches = num_microbatches(config, world_size)
-    stage = _stage(parallel, arch, microbatches)
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    ends = arch.hidden_size * (arch.embedding_size + (arch.vocab_size if pp == 1 else 0))
-    in_layers = stage.layers * _layer_weights(arch) / tp
+    layers, is_first, is_last = sum(chunks), stage == 0, stage == pp - 1
+    ends = arch.hidden_size * (arch.embedding_size * is_first + arch.vocab_size * is_last)
+    in_layers = layers * _layer_weights(arch) / tp
     weights = in_layers + ends / tp
     shards = world_size // (tp * pp) if parallel.use_distributed_optimizer else 1
     master = 2 if precision.dtype == "bf16" and parallel.use_distributed_optimizer else 4 * (precision.dtype == "bf16")
     state = master + 2 * _BYTES[precision.moments]
     tokens = layout.padded_sequence_length * config.training.micro_batch_size / cp
     whole, recomputed = _activation_bytes(config, arch)
+    in_flight = _in_flight(parallel, stage, num_microbatches(config, world_size))
     if parallel.recompute_granularity == "full":
-        layers = min(parallel.recompute_num_layers or stage.layers, stage.layers)
-        kept = (stage.layers - layers) * whole + layers * recomputed
-        activations = tokens * (kept * stage.in_flight + whole)
+        again = sum(min(parallel.recompute_num_layers or chunk, chunk) for chunk in chunks)
+        activations = tokens * (((layers - again) * whole + again * recomputed) * in_flight + whole)
     else:
-        activations = tokens * stage.layers * whole * stage.in_flight
-    # The last stage holds logits, but fewer micro-batches; where there is one stage, both meet.
-    logits = tokens * arch.vocab_size / tp * _BYTES[precision.dtype] if pp == 1 else 0.0
+        activations = tokens * layers * whole * in_flight
     cached = precision.fp8 is not None and parallel.recompute_granularity != "full"
     return Memory(
         weights=weights * _BYTES[precision.dtype],
@@ -151,7 +160,7 @@ def estimate_memory(config: RunConfig, world_size: int) -> Memory:
         optimizer=weights * state / shards,
         fp8_weights=in_layers * 2 * cached,
         activations=activations,
-        logits=logits,
+        logits=tokens * arch.vocab_size / tp * _BYTES[precision.dtype] * is_last,
     )
 
 
@@ -185,8 +194,10 @@ def estimate_step_seconds(config: RunConfig, world_size: int) -> float:
         )
     one = compute + traffic / bandwidth
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
-    forward_backward = one * (microbatches + (pp - 1) / virtual)
     weights = (in_layers / pp + head + arch.hidden_size * arch.embedding_size) / tp
+    forward_backward = one * (microbatches + (pp - 1) / virtual)
+    if microbatches > 1:
+        forward_backward += _ACCUMULATE_SECONDS * weights * _BYTES[precision.main_grads] * microbatches
     cast = _WEIGHT_CAST_SECONDS * in_layers / (tp * pp) if kind == "fp8" else 0.0
     replicas = world_size // (tp * pp)
     bytes_per_weight = 10 + 4 * _BYTES[precision.moments] + _BYTES[precision.main_grads]
@@ -210,70 +221,94 @@ class Plan:
 def plans(config: RunConfig, gpus: int, gpu_bytes: float) -> list[Plan]:
     """All layouts of ``config`` on ``gpus`` GPUs that fit into ``gpu_bytes`` each, fastest first.
 
-    Global batch and model stay; tensor, pipeline, context parallelism, recomputation and micro-batch size vary.
+    Global batch and model stay; tensor, pipeline, context parallelism and recomputation vary, each with the micro-batch
+    size that is fastest.
 
     Raises:
-        ValueError: if there is no such model, whatever the layout.
+        ValueError: if there is no such model, or no layout at all that so many GPUs can share it and the batch in.
     """
-    resolve_arch(config.model)
-    found = []
+    arch = resolve_arch(config.model)
+    found: dict[str, Plan] = {}
+    refused, possible = [], False
     for candidate in _candidates(config, gpus):
         try:
-            _check(candidate, gpus)
-        except ValueError:
+            check_run_layout(candidate, arch, gpus)
+        except ValueError as error:
+            refused.append(error)
             continue
+        possible = True
         memory = estimate_memory(candidate, gpus)
-        if memory.needed <= gpu_bytes:
-            seconds = estimate_step_seconds(candidate, gpus)
-            tokens = derive_video_layout(candidate).sequence_length * candidate.training.global_batch_size
-            found.append(Plan(candidate, memory, seconds, tokens / seconds / gpus))
-    return sorted(found, key=lambda plan: plan.seconds)
-
-
-def _check(config: RunConfig, gpus: int) -> None:
-    arch = resolve_arch(config.model)
-    check_arch_layout(config, arch)
-    check_world_size(config, gpus)
-    check_num_microbatches(config, num_microbatches(config, gpus))
+        if memory.needed > gpu_bytes:
+            continue
+        seconds = estimate_step_seconds(candidate, gpus)
+        tokens = derive_video_layout(candidate, arch.text_to_video).sequence_length * config.training.global_batch_size
+        layout = str(candidate.parallel)
+        if layout not in found or seconds < found[layout].seconds:
+            found[layout] = Plan(candidate, memory, seconds, tokens / seconds / gpus)
+    if not possible:
+        raise refused[0]  # that of the layout that asks least
+    return sorted(found.values(), key=lambda plan: plan.seconds)
 
 
 def _candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
     powers = [2**n for n in range(gpus.bit_length()) if gpus % 2**n == 0]
-    for tp in (n for n in powers if n <= _GPUS_PER_NODE):
-        for pp in powers:
-            for cp in powers:
-                for recompute in (None, "full"):
-                    candidate = deepcopy(config)
-                    parallel = candidate.parallel
-                    parallel.tensor_model_parallel_size, parallel.sequence_parallel = tp, tp > 1
-                    parallel.pipeline_model_parallel_size, parallel.context_parallel_size = pp, cp
-                    parallel.recompute_granularity = recompute
-                    if tp * pp * cp <= gpus:
-                        yield candidate
+    sizes = sorted({*_MICRO_BATCHES, config.training.micro_batch_size})
+    for tp, pp, cp in itertools.product((n for n in powers if n <= _GPUS_PER_NODE), powers, powers):
+        if tp * pp * cp > gpus:
+            continue
+        for recompute, size in itertools.product((None, "full"), sizes):
+            candidate = deepcopy(config)
+            candidate.training.micro_batch_size = size
+            candidate.parallel = replace(
+                config.parallel,
+                tensor_model_parallel_size=tp,
+                sequence_parallel=tp > 1,
+                pipeline_model_parallel_size=pp,
+                context_parallel_size=cp,
+                recompute_granularity=recompute,
+                **_PLAIN,
+            )
+            yield candidate
 
 
 def keys_that_save_memory(config: RunConfig, world_size: int) -> list[str]:
     """Overrides that this run does not have yet and what each would save, most first."""
     now = estimate_memory(config, world_size).peak
-    options = {
-        "parallel.recompute_granularity=full": ("parallel", "recompute_granularity", "full"),
-        "precision.moments=bf16": ("precision", "moments", "bf16"),
-        "precision.main_grads=bf16": ("precision", "main_grads", "bf16"),
-        "training.micro_batch_size=1": ("training", "micro_batch_size", 1),
-    }
-    savings = {}
-    for text, (section, name, value) in options.items():
+    changes = (
+        ("parallel.recompute_granularity", "full"),
+        ("parallel.recompute_num_layers", None),
+        ("parallel.sequence_parallel", True),
+        ("parallel.use_distributed_optimizer", True),
+        ("precision.moments", "bf16"),
+        ("precision.main_grads", "bf16"),
+        ("training.micro_batch_size", 1),
+    )
+    savings = []
+    for key, value in changes:
         changed = deepcopy(config)
+        section, name = key.split(".")
         setattr(getattr(changed, section), name, value)
-        savings[text] = now - estimate_memory(changed, world_size).peak
-    worthwhile = sorted((saved, text) for text, saved in savings.items() if saved > 5e8)
+        try:
+            validate(changed)
+            check_run_layout(changed, resolve_arch(changed.model), world_size)
+        except ValueError:
+            continue  # it would need another change first
+        text = value if isinstance(value, str) else show(value)
+        savings.append((now - estimate_memory(changed, world_size).peak, f"{key}={text}"))
+    worthwhile = sorted((saved, text) for saved, text in savings if saved > 5e8)
     lines = [f"{text} (about {saved / 1e9:.0f} GB less)" for saved, text in reversed(worthwhile)]
     return [*lines, "a larger parallel.tensor_model_parallel_size with parallel.sequence_parallel=true, on more GPUs"]
 
 
-def clip_of_tokens(tokens: int) -> tuple[int, int]:
-    """(height, width) of a 33-frame clip with about so many tokens, 3:5 as the original's."""
-    per_frame = tokens / ((33 - 1) // TEMPORAL_COMPRESSION + 1)
+def clip_of_tokens(tokens: int, latents: int) -> tuple[int, int]:
+    """(height, width) of a clip of so many latent frames with about so many tokens, 3:5 as the original's.
+
+    Raises:
+        ValueError: for less than one token per latent frame.
+    """
+    if tokens < latents:
+        raise ValueError(f"--tokens={tokens} must be at least {latents}: a clip has so many latent frames")
+    per_frame = tokens / latents
     rows = max(1, round(math.sqrt(per_frame * 0.6)))
     return rows * SPATIAL_COMPRESSION, max(1, round(per_frame / rows)) * SPATIAL_COMPRESSION
 
@@ -290,35 +325,43 @@ def parse_gpus(text: str) -> tuple[int, float]:
     return int(match[1]), int(match[2]) * 2.0**30
 
 
-def table(config: RunConfig, found: Sequence[Plan], gpus: int, gpu_bytes: float) -> str:
-    """What ``scripts/plan.py`` prints: the layouts, and how to ask for the first."""
-    layout = derive_video_layout(config)
+def table(config: RunConfig, found: Sequence[Plan], gpus: int, gpu_bytes: float, top: int) -> str:
+    """What ``scripts/plan.py`` prints: the first ``top`` layouts, and how to ask for the first one.
+
+    Raises:
+        ValueError: if ``top`` is less than 1.
+    """
+    layout = derive_video_layout(config, resolve_arch(config.model).text_to_video)
     lines = [
         f"{config.model.preset}, {config.data.num_frames} frames of {config.data.height}x{config.data.width}: "
         f"{layout.sequence_length} tokens; {config.training.global_batch_size} clips a step on {gpus} GPUs of "
         f"{gpu_bytes / 2**30:.0f} GiB"
     ]
+    if top < 1:
+        raise ValueError(f"--top={top} must be at least 1")
     if not found:
         return lines[0] + "\nno layout fits: the model needs more GPUs, or GPUs with more memory"
     lines.append(
-        f"{'TP':>3} {'PP':>3} {'CP':>3} {'DP':>3}  {'recompute':10} {'GB':>6} {'ms/step':>8} {'tokens/s/GPU':>13}"
+        f"{'TP':>3} {'PP':>3} {'CP':>3} {'DP':>3} {'micro-batch':>12}  {'recompute':10} {'GB':>6} {'ms/step':>8} "
+        f"{'tokens/s/GPU':>13}"
     )
-    for plan in found:
+    for plan in found[:top]:
         parallel = plan.config.parallel
         lines.append(
             f"{parallel.tensor_model_parallel_size:3} {parallel.pipeline_model_parallel_size:3} "
-            f"{parallel.context_parallel_size:3} {data_parallel_size(plan.config, gpus):3}  "
-            f"{parallel.recompute_granularity or '-':10} {plan.memory.peak / 1e9:6.1f} {plan.seconds * 1e3:8.0f} "
-            f"{plan.tokens_per_second:13.0f}"
+            f"{parallel.context_parallel_size:3} {data_parallel_size(plan.config, gpus):3} "
+            f"{plan.config.training.micro_batch_size:12}  {parallel.recompute_granularity or '-':10} "
+            f"{plan.memory.peak / 1e9:6.1f} {plan.seconds * 1e3:8.0f} {plan.tokens_per_second:13.0f}"
         )
-    return "\n".join([*lines, f"fastest: {_overrides(found[0])}", f"  holds {found[0].memory}"])
+    return "\n".join([*lines, f"fastest: {_overrides(config, found[0])}", f"  holds {found[0].memory}"])
 
 
-def _overrides(plan: Plan) -> str:
+def _overrides(config: RunConfig, plan: Plan) -> str:
     """What to write behind the config's name for this layout."""
     parallel, keys = plan.config.parallel, []
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         keys.append(f"parallel.{name}={getattr(parallel, name)}")
     keys.append(f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}")
     keys.append(f"parallel.recompute_granularity={parallel.recompute_granularity or 'null'}")
-    return " ".join(keys)
+    keys += [f"parallel.{name}=null" for name in _PLAIN if getattr(config.parallel, name) is not None]
+    return " ".join([*keys, f"training.micro_batch_size={plan.config.training.micro_batch_size}"])

@@ -19,8 +19,8 @@ from cosmos_mcore.config.derived import (
 from cosmos_mcore.config.schema import DataConfig, RunConfig
 from cosmos_mcore.data.index import find_files, prompts_of
 from cosmos_mcore.data.token_cache import check_settings, clip_settings, is_cache
-from cosmos_mcore.model.presets import check_arch_layout, resolve_arch
-from cosmos_mcore.parallel.layout import check_num_microbatches, check_world_size, model_parallel_size
+from cosmos_mcore.model.presets import check_run_layout, resolve_arch
+from cosmos_mcore.parallel.layout import model_parallel_size
 from cosmos_mcore.text.cache import EmbeddingCache
 from cosmos_mcore.training.plan import estimate_memory
 
@@ -37,10 +37,8 @@ def preflight(config: RunConfig, world_size: int) -> None:
     """
     arch = resolve_arch(config.model)
     derive_video_layout(config, arch.text_to_video)
-    check_arch_layout(config, arch)
     count = processes(config, world_size)
-    check_world_size(config, count)
-    check_num_microbatches(config, num_microbatches(config, count))
+    check_run_layout(config, arch, count)
     absent = [rank for rank in config.logging.profile_ranks if rank >= count]
     if config.logging.profile_step_start is not None and absent:
         raise ValueError(

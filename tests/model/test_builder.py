@@ -4,11 +4,13 @@ import importlib.util
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from cosmos_mcore.config.derived import derive_video_layout
 from cosmos_mcore.config.schema import RunConfig
 from cosmos_mcore.model.builder import build_model, transformer_config
 from cosmos_mcore.model.presets import PRESETS
+from cosmos_mcore.parallel.layout import stage_layers
 
 
 def test_a_gpu_without_transformer_engine_is_one_sentence():
@@ -25,3 +27,35 @@ def test_full_recomputation_reaches_every_layer_of_uneven_stages():
     config.parallel.recompute_granularity = "full"
     found = transformer_config(PRESETS["tiny"], config.parallel, config.precision, transformer_engine=False)
     assert found.recompute_num_layers >= 3  # of the second stage
+
+
+@pytest.mark.parametrize(
+    ("pp", "vpp", "first", "last"),
+    [
+        (1, None, None, None),
+        (2, 2, None, None),
+        (3, None, None, None),
+        (4, None, 1, None),
+        (6, None, None, 1),
+        (3, 2, 4, 4),
+    ],
+)
+def test_stages_are_those_that_megatron_builds(pp, vpp, first, last):
+    config = RunConfig()
+    parallel, arch = config.parallel, PRESETS["4b"]
+    parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size = pp, vpp
+    parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage = first, last
+    megatron = transformer_config(arch, parallel, config.precision, transformer_engine=False)
+    built = [
+        [get_num_layers_to_build(megatron, vp_stage=chunk, pp_rank=rank) for chunk in (range(vpp) if vpp else [None])]
+        for rank in range(pp)
+    ]
+    assert stage_layers(parallel, arch.num_layers) == built
+
+
+def test_the_host_waits_at_no_border_of_pipeline_stages():
+    """Megatron's default synchronizes the device after each batched transfer, for a PyTorch of 2022."""
+    config = RunConfig()
+    config.parallel.pipeline_model_parallel_size = 2
+    found = transformer_config(PRESETS["tiny"], config.parallel, config.precision, transformer_engine=False)
+    assert found.batch_p2p_comm and not found.batch_p2p_sync

@@ -1,12 +1,13 @@
 """Sizes of the model family and what the config may change."""
 
 import math
+import re
 
 import pytest
 
 from cosmos_mcore.checkpoint.names import original_shapes
-from cosmos_mcore.config.schema import ModelConfig
-from cosmos_mcore.model.presets import PRESETS, resolve_arch
+from cosmos_mcore.config.schema import ModelConfig, RunConfig
+from cosmos_mcore.model.presets import PRESETS, check_run_layout, resolve_arch
 
 # spec/model.md section 1
 PARAMETERS = {
@@ -53,3 +54,57 @@ def test_sizes_that_do_not_fit(changes, message):
         resolve_arch(ModelConfig(**changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+FP8 = {"precision.fp8": "tensorwise"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "message"),
+    [
+        (
+            "tiny",
+            {**FP8, "model.ffn_hidden_size": 40},
+            "multiples of 16, and model.ffn_hidden_size leaves 40 on each of 1",
+        ),
+        (
+            "tiny",
+            {**FP8, "model.kv_channels": 10, "model.num_query_groups": 1},
+            "num_attention_heads x kv_channels leaves",
+        ),
+        (
+            "1b",
+            {"precision.fp8": "mxfp8", "model.hidden_size": 2064},
+            "multiples of 32, and model.hidden_size leaves 2064",
+        ),
+        (
+            "4b",
+            {**FP8, "precision.fp8_first_last_bf16": [17, 0]},
+            "[17, 0]: Megatron leaves at most .* here 16; lower it",
+        ),
+        (
+            "4b",
+            {**FP8, "precision.fp8_first_last_bf16": [1, 5], "parallel.pipeline_model_parallel_size": 4},
+            "here 4; lower it",
+        ),
+    ],
+)
+def test_sizes_that_fp8_cannot_do_are_one_sentence(preset, changes, message):
+    config = RunConfig()
+    config.model.preset = preset
+    for key, value in changes.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")) as caught:
+        check_run_layout(config, resolve_arch(config.model), config.parallel.pipeline_model_parallel_size)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("recipe", ["delayed", "mxfp8"])
+def test_every_model_can_be_trained_in_fp8(preset, recipe):
+    config = RunConfig()
+    config.model.preset, config.precision.fp8 = preset, recipe
+    for size in (1, 2, 4, 8) if preset != "tiny" else (1,):
+        config.parallel.tensor_model_parallel_size = size
+        check_run_layout(config, resolve_arch(config.model), size)

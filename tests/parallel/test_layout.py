@@ -5,8 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosmos_mcore.config import RunConfig
+from cosmos_mcore.config.schema import ParallelConfig
 from cosmos_mcore.model.presets import PRESETS
-from cosmos_mcore.parallel.layout import check_layout, check_num_microbatches, check_world_size, model_parallel_size
+from cosmos_mcore.parallel.layout import (
+    check_layout,
+    check_num_microbatches,
+    check_world_size,
+    model_parallel_size,
+    pipeline_split,
+    stage_layers,
+)
 
 SIZES = ("num_layers", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
 
@@ -57,7 +65,7 @@ def test_large_models_over_eight_ranks():
         ("4b", {"tensor_model_parallel_size": 3}, ("tensor_model_parallel_size=3", "try 2")),
         ("tiny", {"tensor_model_parallel_size": 4}, ("2 query groups", "try 2")),
         ("4b", {"sequence_parallel": True}, ("sequence_parallel", "set it to false")),
-        ("tiny", {"pipeline_model_parallel_size": 7}, ("pipeline_model_parallel_size=7", "try", "=6")),
+        ("tiny", {"pipeline_model_parallel_size": 7}, ("pipeline_model_parallel_size=7", "try", "=5 without")),
         ("4b", {"virtual_pipeline_model_parallel_size": 2}, ("virtual_pipeline_model_parallel_size", "at least 2")),
         (
             "tiny",
@@ -81,6 +89,38 @@ def test_a_proposed_tensor_parallel_size_works(groups, tp):
         proposed = int(str(error).rpartition("try ")[2])
         assert proposed < tp
         check_layout(made(tensor_model_parallel_size=proposed), num_layers=4, **sizes)
+
+
+@given(st.integers(1, 48), st.integers(2, 60), st.sampled_from([None, 2, 3]))
+def test_a_proposed_pipeline_size_works(layers, pp, vpp):
+    try:
+        pipeline_split(
+            ParallelConfig(pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp), layers
+        )
+    except ValueError as error:
+        proposed = int(str(error).partition("try pipeline_model_parallel_size=")[2].split()[0])
+        pipeline_split(ParallelConfig(pipeline_model_parallel_size=proposed), layers)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pp", "vpp", "first", "last", "expected"),
+    [
+        (16, 1, None, None, None, [[16]]),
+        (16, 4, 2, None, None, [[2, 2]] * 4),
+        (16, 3, None, None, None, [[5], [6], [5]]),  # embedding and head count as a layer each
+        (15, 2, 4, None, None, [[2, 2, 2, 2], [2, 2, 2, 1]]),  # the head does
+        (16, 4, None, 1, None, [[1], [5], [5], [5]]),
+        (16, 2, 2, 6, 10, [[3, 3], [5, 5]]),
+    ],
+)
+def test_layers_of_each_stage(layers, pp, vpp, first, last, expected):
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+    )
+    assert stage_layers(parallel, layers) == expected
 
 
 def test_processes_must_hold_whole_replicas_that_share_the_batch():

@@ -8,6 +8,7 @@ import pytest
 
 from cosmos_mcore.config import load_config
 from cosmos_mcore.config.derived import derive_video_layout
+from cosmos_mcore.model.presets import check_run_layout, resolve_arch
 from cosmos_mcore.training.plan import (
     clip_of_tokens,
     estimate_memory,
@@ -15,6 +16,7 @@ from cosmos_mcore.training.plan import (
     keys_that_save_memory,
     parse_gpus,
     plans,
+    table,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +58,8 @@ def test_plans_fit_and_come_fastest_first():
     assert [plan.seconds for plan in found] == sorted(plan.seconds for plan in found)
     assert all(plan.memory.needed <= 80 * 2**30 for plan in found)
     assert not plans(config("model.preset=12b", "precision.fp8=delayed"), 1, 80 * 2**30)
+    with pytest.raises(ValueError, match="global_batch_size=4 must be a multiple .* try training.global_batch_size=7"):
+        plans(config("training.global_batch_size=4"), 7, 80 * 2**30)
 
 
 def test_more_gpus_per_replica_hold_less():
@@ -74,15 +78,75 @@ def test_keys_that_save_memory_name_what_is_not_set_yet():
     assert lean == ["a larger parallel.tensor_model_parallel_size with parallel.sequence_parallel=true, on more GPUs"]
 
 
-@pytest.mark.parametrize("tokens", [1000, 4800, 10600, 12800])
-def test_a_clip_of_about_so_many_tokens(tokens):
-    run = config()
-    run.data.height, run.data.width = clip_of_tokens(tokens)
+def keys_named(*keys, world_size=1):
+    lines = keys_that_save_memory(load_config(ROOT / "conf/teal_tp1.yaml", keys), world_size)
+    return {line.split(" ")[0] for line in lines[:-1]}
+
+
+def test_keys_that_save_memory_are_keys_that_this_run_may_have():
+    assert keys_named("precision.dtype=fp32", "precision.main_grads=fp32") == {"parallel.recompute_granularity=full"}
+    alone = keys_named("parallel.use_distributed_optimizer=false", "precision.main_grads=fp32")
+    assert alone == {"parallel.recompute_granularity=full", "parallel.use_distributed_optimizer=true"}
+    some = ["parallel.recompute_granularity=full", "parallel.recompute_num_layers=4", "precision.moments=bf16"]
+    assert keys_named(*some) == {"parallel.recompute_num_layers=null"}
+    cut = [*some[::2], "parallel.tensor_model_parallel_size=2", *TWO_CLIPS]
+    assert keys_named(*cut, world_size=2) == {"parallel.sequence_parallel=true", "training.micro_batch_size=1"}
+
+
+PP2 = ["parallel.pipeline_model_parallel_size=2", "training.global_batch_size=8"]
+VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2"]
+SOME = ["parallel.recompute_granularity=full", "parallel.recompute_num_layers=4"]
+
+
+def test_layers_are_recomputed_in_every_chunk_of_a_stage():
+    """Megatron recomputes the first so many layers of each virtual stage, so four of each chunk of four are all."""
+    everything = estimate_memory(config(*VPP2, SOME[0]), 2)
+    assert estimate_memory(config(*VPP2, *SOME), 2) == everything
+    assert estimate_memory(config(*PP2, *SOME), 2).activations > 2 * everything.activations
+
+
+def test_the_fullest_stage_counts():
+    """With one micro-batch there is nothing in flight, and the last stage has logits, too."""
+    one = estimate_memory(config(PP2[0]), 2)
+    assert one.logits == pytest.approx(4800 * 64000 * 2)
+    assert one.weights == pytest.approx(2 * (8 * 218_103_808 + 4096 * 64000))
+    assert estimate_memory(config(*PP2), 2).logits == 0  # the first stage has two micro-batches in flight
+    uneven = config(PP2[0], "parallel.num_layers_in_first_pipeline_stage=12")
+    assert estimate_memory(uneven, 2).weights == pytest.approx(2 * (12 * 218_103_808 + 4096 * 64000))
+
+
+def test_a_larger_micro_batch_is_faster_than_more_of_them():
+    found = plans(config("precision.fp8=delayed", "training.global_batch_size=4"), 1, 141 * 2**30)
+    assert found[0].config.training.micro_batch_size == 4
+    small = plans(config("precision.fp8=delayed", "training.global_batch_size=4"), 1, 70 * 2**30)
+    assert small[0].config.training.micro_batch_size < 4
+    layouts = [str(plan.config.parallel) for plan in found]
+    assert len(layouts) == len(set(layouts))
+
+
+def test_a_plan_is_a_config_that_runs():
+    """Whatever layout the config had before, what is printed as the fastest one can be put behind its name."""
+    given = config(*VPP2, *SOME)
+    found = plans(given, 4, 80 * 2**30)
+    line = next(line for line in table(given, found, 4, 80 * 2**30, 1).splitlines() if line.startswith("fastest: "))
+    run = config(*VPP2, *SOME, *line.removeprefix("fastest: ").split())
+    check_run_layout(run, resolve_arch(run.model), 4)
+    assert run.parallel == found[0].config.parallel
+
+
+@pytest.mark.parametrize(("tokens", "frames"), [(1000, 33), (4800, 33), (10600, 33), (12800, 33), (4800, 9)])
+def test_a_clip_of_about_so_many_tokens(tokens, frames):
+    run = config(f"data.num_frames={frames}")
+    run.data.height, run.data.width = clip_of_tokens(tokens, (frames - 1) // 8 + 1)
     assert derive_video_layout(run).sequence_length == pytest.approx(tokens, rel=0.1)
 
 
 def test_gpus():
     assert parse_gpus("8x80G") == (8, 80 * 2**30)
+    with pytest.raises(ValueError, match="--tokens=4 must be at least 5"):
+        clip_of_tokens(4, 5)
+    with pytest.raises(ValueError, match="--top=0 must be at least 1"):
+        table(config(), [], 1, 1.0, 0)
     with pytest.raises(ValueError, match="--gpus=80G must be a count and the memory of each GPU, for example 8x80G"):
         parse_gpus("80G")
 
