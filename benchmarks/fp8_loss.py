@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from train_step import ROOT, environment, random_weights, release
+from train_step import ROOT, check, environment, random_weights, release
 
 from cosmos_mcore.config import RunConfig, derive_video_layout, load_config
 from cosmos_mcore.data.index import index_clips
@@ -26,6 +26,7 @@ from cosmos_mcore.data.loader import ClipLoader
 from cosmos_mcore.data.sampler import ClipSampler
 from cosmos_mcore.model.presets import resolve_arch
 from cosmos_mcore.parallel import initialize as groups
+from cosmos_mcore.parallel.command_line import run_command
 from cosmos_mcore.tokenizer.build import build_tokenizer
 from cosmos_mcore.training.optimizer import set_learning_rate
 from cosmos_mcore.training.schedule import learning_rate
@@ -128,7 +129,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
     """Runs the recipes, or only draws what an earlier run has written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", help="folder with MP4 files; without it nothing runs and --output is read")
@@ -139,12 +140,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the curves")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
+    if args.steps < SMOOTHING or args.start_steps < 1:
+        raise ValueError(f"--steps must be at least {SMOOTHING}, over which the curves are smoothed, --start_steps 1")
     if args.videos:
         keys = [
             f"data.path={args.videos}", "tokenizer.name=haar", "tokenizer.path=null", "precision.main_grads=bf16",
             "precision.moments=bf16", *args.overrides,
         ]  # fmt: skip
+        check(load_config(args.config, keys), real=True)
         batches = read_clips(load_config(args.config, keys), args.start_steps + args.steps)
         begin = load_config(args.config, [*keys, "optimizer.lr=1e-4", "schedule.warmup_iters=50"])
         before, weights = train(begin, batches[: args.start_steps], None)
@@ -162,7 +166,8 @@ def main() -> None:
             print(name, result.get("largest_difference"), curves[name][-1], flush=True)
     if args.plot:
         plot(json.loads(args.output.read_text()), args.plot)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

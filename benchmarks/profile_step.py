@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from train_step import ROOT, prepare, release
+from train_step import ROOT, check, prepare, release
 
 from cosmos_mcore.config import RunConfig, load_config
+from cosmos_mcore.parallel.command_line import run_command
 from cosmos_mcore.parallel.launch import is_rank_zero, processes_to_start, run_processes
 
 
@@ -64,17 +65,20 @@ def short(name: str, width: int = 90) -> str:
     return name if len(name) <= width else name[: width - 3] + "..."
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
     """Profiles the config of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default=str(ROOT / "conf/tiny_cpu.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--trace", type=Path, help="file for the Chrome trace")
     parser.add_argument("--top", type=int, default=10, help="kernels to print")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
+    if args.trace is not None and not args.trace.parent.is_dir():
+        raise ValueError(f"--trace={args.trace}: there is no folder {args.trace.parent}; make it first")
     config = load_config(args.config, args.overrides)
+    check(config, real=False)
     if count := processes_to_start(config):
-        sys.exit(run_processes(count, sys.argv))
+        return run_processes(count, sys.argv)
     rows = profile_steps(config, args.trace)
     if is_rank_zero():
         total = sum(ms for _, ms, _ in rows)
@@ -82,7 +86,8 @@ def main() -> None:
             print(f"{ms:9.3f} ms {ms / total:6.1%} {count:6d} x  {short(name)}")
         print(f"{total:9.3f} ms of kernels per step, {len(rows)} kinds")
     release()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -28,11 +28,13 @@ from cosmos_mcore.config import RunConfig, derive_video_layout, load_config
 from cosmos_mcore.config.derived import TEXT_LENGTH, data_parallel_size
 from cosmos_mcore.data.loader import Batch
 from cosmos_mcore.model.cosmos_ar_model import CosmosARModel
-from cosmos_mcore.model.presets import resolve_arch
+from cosmos_mcore.model.presets import check_run_layout, resolve_arch
 from cosmos_mcore.parallel import initialize as groups
-from cosmos_mcore.parallel.launch import is_rank_zero, processes_to_start, run_processes
+from cosmos_mcore.parallel.command_line import run_command
+from cosmos_mcore.parallel.launch import is_rank_zero, processes_to_start, run_processes, world_size
 from cosmos_mcore.training.flops import flops_per_clip
 from cosmos_mcore.training.optimizer import set_learning_rate, update
+from cosmos_mcore.training.preflight import preflight, processes
 from cosmos_mcore.training.setup import build_trainable, set_up
 from cosmos_mcore.training.step import LossPositions, forward_backward
 
@@ -182,7 +184,19 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def main() -> None:
+def check(config: RunConfig, real: bool) -> None:
+    """Checks the config before any process is started.
+
+    Raises:
+        ValueError: as a run of it would; files matter only if it reads them.
+    """
+    if real:
+        preflight(config, world_size())
+    else:
+        check_run_layout(config, resolve_arch(config.model), processes(config, world_size()))
+
+
+def main(argv: list[str]) -> int:
     """Measures the config of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default=str(ROOT / "conf/tiny_cpu.yaml"))
@@ -190,15 +204,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--real", action="store_true", help="the config's clips, tokenizer and weights")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
+    if args.steps < 2 or args.warmup < 0:
+        raise ValueError(f"--steps={args.steps} must be at least 2, and --warmup={args.warmup} at least 0")
     config = load_config(args.config, args.overrides)
+    check(config, args.real)
     if count := processes_to_start(config):
-        sys.exit(run_processes(count, sys.argv))
+        return run_processes(count, sys.argv)
     result = measure(config, args.steps, args.warmup, args.real)
     if is_rank_zero():
         print(json.dumps({"config": args.config, "overrides": args.overrides, **result}))
     release()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -142,7 +142,7 @@ def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device:
             raise ValueError(
                 f"Transformer Engine cannot be imported ({error}); install the gpu extra or use an NGC container"
             ) from None
-    _check_fp8(config.precision.fp8, device)
+    check_fp8(config.precision.fp8, device)
     megatron_config = transformer_config(arch, config.parallel, config.precision, transformer_engine=on_gpu)
     virtual_stages = config.parallel.virtual_pipeline_model_parallel_size
     text = None
@@ -165,18 +165,32 @@ def build_model(config: RunConfig, arch: ModelArch, layout: VideoLayout, device:
     return [chunk(stage) for stage in (range(virtual_stages) if virtual_stages else [None])]
 
 
-# Compute capability of the oldest GPU that has the recipe's number formats.
-_FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+# Compute capabilities that have the recipe's number formats and products: from the first on, before the second.
+_FP8_CAPABILITIES = {
+    "delayed": ((8, 9), (99, 0)),
+    "tensorwise": ((8, 9), (99, 0)),
+    "blockwise": ((9, 0), (99, 0)),
+    "mxfp8": ((10, 0), (12, 0)),
+}
 
 
-def _check_fp8(recipe: str | None, device: torch.device) -> None:
+def check_fp8(recipe: str | None, device: torch.device) -> None:
+    """Checks that a device can compute in an FP8 recipe, by Transformer Engine's rules.
+
+    Raises:
+        ValueError: naming the device.
+    """
     if recipe is None or device.type == "meta":
         return
     if device.type == "cpu":
         raise ValueError(f"precision.fp8={recipe} needs a GPU; set it to null")
     capability = torch.cuda.get_device_capability(device)
-    if capability < _FP8_CAPABILITY[recipe]:
+    first, beyond = _FP8_CAPABILITIES[recipe]
+    if not first <= capability < beyond:
         raise ValueError(
             f"precision.fp8={recipe} does not run on {torch.cuda.get_device_name(device)}, compute capability "
             f"{capability[0]}.{capability[1]}; choose another recipe, or null"
         )
+    cuda = tuple(int(part) for part in str(torch.version.cuda).split(".")[:2])
+    if recipe == "blockwise" and cuda < (12, 9):
+        raise ValueError(f"precision.fp8=blockwise needs CUDA 12.9, and torch has {torch.version.cuda}; choose another")

@@ -24,6 +24,7 @@ from cosmos_mcore.config.schema import DataConfig
 from cosmos_mcore.data.decode import build_decoder
 from cosmos_mcore.data.index import index_clips
 from cosmos_mcore.data.synthetic import make_shape_clips
+from cosmos_mcore.model.builder import check_fp8
 from cosmos_mcore.parallel import cpu_mode
 from cosmos_mcore.parallel.launch import world_size
 from cosmos_mcore.training.preflight import preflight, processes
@@ -72,7 +73,7 @@ def _packages() -> Iterator[Finding]:
     yield Finding("Megatron-Core", OK, importlib.metadata.version("megatron-core"))
     on_gpu = torch.cuda.is_available()
     te = _version("transformer_engine", "transformer-engine")
-    yield _optional("Transformer Engine", te, on_gpu, "no FP8, slower layers", _GPU_EXTRA)
+    yield _optional("Transformer Engine", te, on_gpu, "no training on the GPU", _GPU_EXTRA)
     dali = _version("nvidia.dali", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
     yield _optional("DALI", dali, on_gpu, "clips are decoded on the CPU", _GPU_EXTRA)
     apex = _version("amp_C")
@@ -203,9 +204,14 @@ def _of_config(config: RunConfig) -> Iterator[Finding]:
     count, gpus = processes(config, world_size()), torch.cuda.device_count()
     if torch.cuda.is_available() and count > gpus:
         yield Finding("GPUs of the layout", FAILS, f"{gpus}, and the layout needs {count}", "use more nodes (torchrun)")
-    fp8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FP8_CAPABILITY
-    if config.precision.fp8 is not None and not (fp8 and _version("transformer_engine")):
-        yield Finding("precision.fp8", FAILS, "not possible here", f"precision.fp8=null, or {_GPU_EXTRA}")
+    if torch.cuda.is_available() and not _version("transformer_engine"):
+        yield Finding(
+            "layers", FAILS, "Transformer Engine is not installed, and training on a GPU needs it", _GPU_EXTRA
+        )
+    try:
+        check_fp8(config.precision.fp8, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        yield Finding("precision.fp8", FAILS, str(error))
     if config.data.decoder == "dali" and not torch.cuda.is_available():
         yield Finding("data.decoder=dali", FAILS, "there is no GPU", "data.decoder=auto")
     elif config.data.decoder == "dali" and _version("nvidia.dali") is None:

@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from cosmos_mcore.config.derived import derive_video_layout
 from cosmos_mcore.config.schema import RunConfig
-from cosmos_mcore.model.builder import build_model, transformer_config
+from cosmos_mcore.model.builder import build_model, check_fp8, transformer_config
 from cosmos_mcore.model.presets import PRESETS
 from cosmos_mcore.parallel.layout import stage_layers
 
@@ -59,3 +59,26 @@ def test_the_host_waits_at_no_border_of_pipeline_stages():
     config.parallel.pipeline_model_parallel_size = 2
     found = transformer_config(PRESETS["tiny"], config.parallel, config.precision, transformer_engine=False)
     assert found.batch_p2p_comm and not found.batch_p2p_sync
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "cuda", "why"),
+    [
+        ("delayed", (8, 9), "12.8", None),
+        ("tensorwise", (8, 0), "13.0", "capability 8.0; choose another recipe"),
+        ("blockwise", (9, 0), "12.9", None),
+        ("blockwise", (9, 0), "12.8", "needs CUDA 12.9, and torch has 12.8"),
+        ("mxfp8", (10, 0), "13.0", None),
+        ("mxfp8", (9, 0), "13.0", "capability 9.0"),
+        ("mxfp8", (12, 0), "13.0", "capability 12.0"),  # a consumer's Blackwell
+    ],
+)
+def test_a_gpu_must_have_the_recipe(monkeypatch, recipe, capability, cuda, why):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if why is None:
+        check_fp8(recipe, torch.device("cuda", 0))
+        return
+    with pytest.raises(ValueError, match=why):
+        check_fp8(recipe, torch.device("cuda", 0))
