@@ -9,8 +9,8 @@ import pytest
 from tests.processes import ROOT, environment
 
 SMALL = [
-    str(ROOT / "conf/tiny_cpu.yaml"), "parallel.tensor_model_parallel_size=1", "model.num_layers=1", "training.global_batch_size=2",
-    "training.micro_batch_size=1",
+    str(ROOT / "conf/tiny_cpu.yaml"), "parallel.tensor_model_parallel_size=1", "model.num_layers=1",
+    "training.global_batch_size=2", "training.micro_batch_size=1",
 ]  # fmt: skip
 
 

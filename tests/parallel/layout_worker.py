@@ -73,9 +73,10 @@ def train(run: Run, steps):
 
 def count_forwards(run: Run):
     """How often this rank's first layer and its attention run, counted from now on."""
-    layer, counts = run.chunks[0].decoder.layers[0], {"layer": 0, "attention": 0}
-    for name, module in (("layer", layer), ("attention", layer.self_attention.core_attention)):
-        module.register_forward_pre_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+    counts = {"layer": 0, "attention": 0}
+    for layer in run.chunks[0].decoder.layers[:1]:  # a last stage may have none
+        for name, module in (("layer", layer), ("attention", layer.self_attention.core_attention)):
+            module.register_forward_pre_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
     return counts
 
 

@@ -69,6 +69,8 @@ LAYOUTS = {
     "dp2-overlap-unsharded": Layout(2, {**OVERLAP, **UNSHARDED}),
     "v2w-tp2-sp": Layout(2, {**TP2, **SP}, "video2world"),
     "v2w-pp2": Layout(2, PP2, "video2world"),
+    "v2w-pp2-vpp2": Layout(2, {**PP2, **VPP2}, "video2world"),
+    "pp2-vpp2-recompute-full-1-layer": Layout(2, {**PP2, **VPP2, **FULL, "recompute_num_layers": 1}),
     "v2w-tp2": Layout(2, TP2, "video2world"),
     "v2w-cp2": Layout(2, CP2, "video2world"),
     "v2w-tp2-cp2-sp": Layout(4, {**TP2, **CP2, **SP}, "video2world"),
@@ -86,6 +88,8 @@ LAYOUTS = {
     "pp2-dp2": Layout(4, PP2),
     "pp2-dp2-overlap": Layout(4, {**PP2, **OVERLAP_BOTH}),
     "tp2-pp2-dp2-sp": Layout(8, {**TP2, **PP2, **SP}),
+    "tp2-pp2-cp2-sp": Layout(8, {**TP2, **PP2, **CP2, **SP}),
+    "pp9": Layout(9, {"pipeline_model_parallel_size": 9}),
 }
 
 # Who goes on from whose checkpoint: SAVED>NAME.
