@@ -102,7 +102,7 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     recompute_granularity: Literal["full", "selective"] | None = None  # selective: attention only
-    recompute_num_layers: PositiveInt | None = None  # full only: layers of each stage that are recomputed; None: all
+    recompute_num_layers: PositiveInt | None = None  # full only: layers recomputed of each (virtual) stage; None: all
     distributed_timeout_minutes: PositiveFloat = 30.0
 
 

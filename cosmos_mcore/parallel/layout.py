@@ -65,7 +65,7 @@ def pipeline_split(parallel: ParallelConfig, num_layers: int) -> PipelineSplit:
     split = _even_split(stages, num_layers)
     if split is not None:
         return split
-    sizes = range(parallel.pipeline_model_parallel_size - 1, 1, -1)
+    sizes = range(min(parallel.pipeline_model_parallel_size, num_layers + 3) - 1, 1, -1)
     near = next((size for size in sizes if _even_split(size, num_layers) is not None), 1)
     raise ValueError(
         f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} with {stages} stages in all "
@@ -138,7 +138,7 @@ def check_layout(
     }
     for what, number in parts.items():
         if number % tp:
-            near = max(n for n in range(1, tp) if all(part % n == 0 for part in parts.values()))
+            near = max(n for n in range(1, min(tp, number + 1)) if all(part % n == 0 for part in parts.values()))
             raise ValueError(
                 f"parallel.tensor_model_parallel_size={tp} does not divide the model's {number} {what}; try {near}"
             )

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cosmos_mcore.config.derived import (
     SPATIAL_COMPRESSION,
@@ -33,18 +33,17 @@ _LINEAR_TFLOPS = {"fp8": 936.0, "bf16": 593.0, "fp32": 40.0}
 _ATTENTION_TFLOPS = 432.0
 _WEIGHT_CAST_SECONDS = 3.1e-12  # per FP8 weight and step
 _OPTIMIZER_BYTES_PER_SECOND = 2.6e12
-_ACCUMULATE_SECONDS = 1.9e-12  # per byte of gradients and micro-batch, where a step has more than one
+# Per byte of gradients and micro-batch, where a step has more than one: 15 ms for the 4B and bf16 gradients.
+_ACCUMULATE_SECONDS = 1.9e-12
 _NVLINK, _NETWORK = 300e9, 40e9  # bytes per second and GPU, seen in collectives
 _GPUS_PER_NODE = 8
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 # What a layout of one config may say and layouts to choose from do not.
-_PLAIN: dict[str, None] = dict.fromkeys(
-    (
-        "virtual_pipeline_model_parallel_size",
-        "num_layers_in_first_pipeline_stage",
-        "num_layers_in_last_pipeline_stage",
-        "recompute_num_layers",
-    )
+_PLAIN = (
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "recompute_num_layers",
 )
 
 
@@ -256,18 +255,15 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
     for tp, pp, cp in itertools.product((n for n in powers if n <= _GPUS_PER_NODE), powers, powers):
         if tp * pp * cp > gpus:
             continue
-        for recompute, size in itertools.product((None, "full"), sizes):
+        for size, recompute in itertools.product(sizes, (False, True)):
             candidate = deepcopy(config)
             candidate.training.micro_batch_size = size
-            candidate.parallel = replace(
-                config.parallel,
-                tensor_model_parallel_size=tp,
-                sequence_parallel=tp > 1,
-                pipeline_model_parallel_size=pp,
-                context_parallel_size=cp,
-                recompute_granularity=recompute,
-                **_PLAIN,
-            )
+            parallel = candidate.parallel
+            parallel.tensor_model_parallel_size, parallel.sequence_parallel = tp, tp > 1
+            parallel.pipeline_model_parallel_size, parallel.context_parallel_size = pp, cp
+            parallel.recompute_granularity = "full" if recompute else None
+            for name in _PLAIN:
+                setattr(parallel, name, None)
             yield candidate
 
 

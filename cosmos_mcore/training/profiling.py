@@ -53,9 +53,12 @@ class Profiler:
         if self._profiler is None:
             return
         self._profiler.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._profiler.export_chrome_trace(str(self._path))
-        logger.info("profile written to %s", self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(self._path))
+            logger.info("profile written to %s", self._path)
+        except OSError as error:
+            logger.warning("the profile %s cannot be written (%s); training goes on", self._path, error)
         self._profiler = None
 
 

@@ -64,6 +64,8 @@ def test_large_models_over_eight_ranks():
         ("4b", {"tensor_model_parallel_size": 16}, ("tensor_model_parallel_size=16", "8 query groups", "try 8")),
         ("4b", {"tensor_model_parallel_size": 3}, ("tensor_model_parallel_size=3", "try 2")),
         ("tiny", {"tensor_model_parallel_size": 4}, ("2 query groups", "try 2")),
+        ("tiny", {"tensor_model_parallel_size": 10**20}, ("2 query groups", "try 2")),  # at once, too
+        ("tiny", {"pipeline_model_parallel_size": 10**20}, ("try", "=5 without")),
         ("4b", {"sequence_parallel": True}, ("sequence_parallel", "set it to false")),
         ("tiny", {"pipeline_model_parallel_size": 7}, ("pipeline_model_parallel_size=7", "try", "=5 without")),
         ("4b", {"virtual_pipeline_model_parallel_size": 2}, ("virtual_pipeline_model_parallel_size", "at least 2")),

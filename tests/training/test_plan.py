@@ -52,6 +52,29 @@ def test_estimates_are_what_gpus_have_shown(case):
     assert estimate_step_seconds(config(*keys), gpus) * 1e3 == pytest.approx(milliseconds, rel=0.1)
 
 
+# Peak GB of layouts_4b_width_2xh200.yaml: four layers, four clips, micro-batches of one, all states in float32.
+TWO_GPUS = {
+    "TP2": (TP2[:1], 13.9),
+    "TP2+SP": (TP2, 13.6),
+    "PP2": (["parallel.pipeline_model_parallel_size=2"], 15.1),
+    "PP2 VPP2": (
+        ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
+        16.0,
+    ),
+    "CP2": (["parallel.context_parallel_size=2"], 18.5),
+    "DP2": (["parallel.use_distributed_optimizer=false"], 30.0),
+    "DP2 distributed optimizer": ([], 20.3),
+}
+
+
+@pytest.mark.parametrize("layout", TWO_GPUS)
+def test_memory_of_layouts_on_two_gpus(layout):
+    keys, gigabytes = TWO_GPUS[layout]
+    states = ["precision.main_grads=fp32", "precision.moments=fp32"]
+    run = config("model.num_layers=4", *states, "training.global_batch_size=4", *keys)
+    assert estimate_memory(run, 2).peak / 1e9 == pytest.approx(gigabytes, rel=0.05)
+
+
 def test_plans_fit_and_come_fastest_first():
     found = plans(config("model.preset=12b", "precision.fp8=delayed", "training.global_batch_size=32"), 8, 80 * 2**30)
     assert len(found) > 5

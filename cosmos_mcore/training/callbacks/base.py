@@ -27,7 +27,7 @@ class StepReport:
         tokens_per_second: tokens per second and process.
         tflops: useful TFLOP/s per process (``training/flops.py``).
         skipped_iterations: steps left out by the optimizer since the start of this process.
-        nan_iterations: steps with a loss that is not finite since the start of this process.
+        nan_iterations: steps with a loss or gradient that is not finite since the start of this process.
         skipped_files: files found unusable since the last report.
         resumed_from: iteration of the checkpoint this process started from, in its first report only.
         mfu: ``tflops`` as part of what the GPU can do in bf16; None where that is not known.
