@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
             f"data.path={args.videos}", "tokenizer.name=haar", "tokenizer.path=null", "precision.main_grads=bf16",
             "precision.moments=bf16", *args.overrides,
         ]  # fmt: skip
-        check(load_config(args.config, keys), real=True)
+        check(load_config(args.config, keys), real=False)
         batches = read_clips(load_config(args.config, keys), args.start_steps + args.steps)
         begin = load_config(args.config, [*keys, "optimizer.lr=1e-4", "schedule.warmup_iters=50"])
         before, weights = train(begin, batches[: args.start_steps], None)
