@@ -325,7 +325,7 @@ class Trainer:
 
 
 def _memory_gib() -> float:
-    """Largest memory of this process so far, in GiB: on the GPU, or if there is none in all."""
+    """Largest memory on the GPU so far, in GiB; where there is none, the process's at this moment."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return psutil.Process().memory_info().rss / 2**30

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from cosmos_mcore.config import RunConfig
-from cosmos_mcore.training.doctor import FAILS, LIMITS, OK, examine
+from cosmos_mcore.training.doctor import FAILS, LIMITS, OK, _of_config, examine
 from tests.processes import ROOT, environment
 
 
@@ -44,6 +44,20 @@ def test_a_config_that_could_not_run_here(config, monkeypatch, section, key, val
     assert not [finding for finding in examine(config) if finding.status == FAILS]
     setattr(getattr(config, section), key, value)
     assert [finding.name for finding in examine(config) if finding.status == FAILS] == [name]
+
+
+@pytest.mark.parametrize(("recipe", "engine", "wrong"), [
+    (None, "2.20.2", []), ("delayed", "2.20.2", []), ("mxfp8", "2.20.2", ["precision.fp8"]), (None, None, ["layers"]),
+])  # fmt: skip
+def test_what_a_config_needs_of_an_h100(config, monkeypatch, recipe, engine, wrong):
+    monkeypatch.setattr("cosmos_mcore.training.doctor._version", lambda *_: engine)
+    for name, value in {
+        "is_available": True, "device_count": 1, "get_device_capability": (9, 0), "get_device_name": "NVIDIA H100",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    config.precision.fp8 = recipe
+    assert [finding.name for finding in _of_config(config) if finding.status == FAILS] == wrong
 
 
 def test_the_script(tmp_path):

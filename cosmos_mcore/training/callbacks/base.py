@@ -31,7 +31,7 @@ class StepReport:
         skipped_files: files found unusable since the last report.
         resumed_from: iteration of the checkpoint this process started from, in its first report only.
         mfu: ``tflops`` as part of what the GPU can do in bf16; None where that is not known.
-        memory_gib: largest memory of this rank: of the GPU, or of the process where there is none.
+        memory_gib: of rank 0: the most so far on the GPU; where there is none, what the process has now.
         token_accuracy: part of the tokens whose most likely prediction is right, in this step; None: not measured.
         frame_losses: mean cross entropy of each latent frame that is learnt, since the last report.
         validation: the same numbers on videos that are not trained on, where they were measured after this step.
