@@ -1,8 +1,11 @@
-"""What the command line prints without training."""
+"""What the command line prints without training, and when a GPU is full."""
 
 import pytest
+import torch
 
 from cosmos_mcore.config import load_config
+from cosmos_mcore.training import setup
+from cosmos_mcore.training.main import main
 
 
 def test_print_config_can_be_read_back(command, small_yaml, tmp_path):
@@ -46,3 +49,22 @@ def test_dry_run_refuses_what_the_run_would(command, small_yaml, change):
     code, _, stderr = command(small_yaml, "--dry-run", change).finish()
     assert code == 2
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
+
+
+def test_a_full_gpu_names_what_helps(small_yaml, tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTPUT_ROOT", str(tmp_path / "out"))
+
+    def set_up(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of 79.1 GiB")
+
+    monkeypatch.setattr(setup, "set_up", set_up)
+    monkeypatch.setattr("cosmos_mcore.training.main.configure_logging", lambda: None)  # of the tests' process
+    one = ["parallel.tensor_model_parallel_size=1", "precision.dtype=bf16"]
+    four_billion = ["hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "num_query_groups"]
+    keys = [f"model.{name}=null" for name in (*four_billion, "kv_channels")]
+    with pytest.raises(ValueError) as caught:
+        main([str(small_yaml), "model.preset=4b", *keys, *one])
+    text = str(caught.value)
+    assert "the GPU's memory is full (CUDA out of memory. Tried to allocate 2.00 GiB); the run was estimated" in text
+    assert "What helps, most first: precision.moments=bf16 (about 16 GB less); precision.main_grads=bf16" in text
+    assert "\n" not in text
