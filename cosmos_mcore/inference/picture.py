@@ -6,6 +6,7 @@ All of them are drawn without a display, and appear only when they are complete.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -228,7 +229,8 @@ def read_losses(metrics: str | os.PathLike[str]) -> tuple[dict[int, float], list
     """Reads a run's ``metrics.jsonl``; a last line that a kill has cut off is passed over.
 
     Returns:
-        ``lm loss`` of each logged iteration, and the iterations of the checkpoints that the run was resumed from.
+        ``lm loss`` of each logged iteration, NaN where it was not finite, and the iterations of the checkpoints that
+        the run was resumed from.
 
     Raises:
         ValueError: if the file is missing or holds no losses.
@@ -243,7 +245,8 @@ def read_losses(metrics: str | os.PathLike[str]) -> tuple[dict[int, float], list
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        losses[int(record["iteration"])] = float(record["lm loss"])
+        loss = record["lm loss"]
+        losses[int(record["iteration"])] = math.nan if loss is None else float(loss)
         if "resumed from" in record:
             resumed.append(int(record["resumed from"]))
     if not losses:

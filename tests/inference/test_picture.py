@@ -1,6 +1,7 @@
 """Pictures of results: their size, what stands where, and that they are real files."""
 
 import json
+import math
 
 import av
 import numpy as np
@@ -112,6 +113,13 @@ def test_losses_and_resumes_are_read(tmp_path):
         ],
     )
     assert read_losses(path) == ({1: 11.0, 2: 9.0, 3: 7.5}, [2])
+
+
+def test_losses_that_are_no_numbers_leave_a_gap(tmp_path):
+    path = write_metrics(tmp_path / "a.jsonl", [{"iteration": 1, "lm loss": 2.0}, {"iteration": 2, "lm loss": None}])
+    losses, _ = read_losses(path)
+    assert losses[1] == 2.0 and math.isnan(losses[2])
+    assert write_loss_curve(tmp_path / "curve.png", path).stat().st_size > 0
 
 
 def test_loss_curve_has_a_dashed_line_at_a_resume(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import sys
 from dataclasses import replace
@@ -82,6 +83,12 @@ def test_metrics_file_gets_one_object_per_report(tmp_path):
     assert "resumed from" not in plain and "skipped files" not in plain
     assert other["resumed from"] == 7
     assert other["skipped files"] == [{"path": "a.mp4", "reason": "is empty"}]
+
+
+def test_a_loss_that_is_no_number_is_null(tmp_path):
+    MetricsFile(tmp_path / "metrics.jsonl").on_report(replace(REPORT, lm_loss=math.nan, grad_norm=math.inf))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert '"lm loss": null' in text and '"grad norm": null' in text and "NaN" not in text and "Infinity" not in text
 
 
 def test_metrics_file_drops_what_came_after_the_checkpoint(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +51,8 @@ class MetricsFile(Callback):
     """Appends one JSON object per report to ``metrics.jsonl``.
 
     A resumed run first drops what an interrupted one wrote after its last checkpoint, so the file is one curve. The
-    first object after a resume has ``resumed from``; an object that comes with newly skipped files lists them.
+    first object after a resume has ``resumed from``; a loss or norm that is not finite is ``null``; an object that
+    comes with newly skipped files lists them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,7 +75,8 @@ class MetricsFile(Callback):
 
     def on_report(self, report: StepReport) -> None:
         """Appends the object in one write."""
-        record: dict[str, Any] = metrics(report)
+        # JSON has no infinity and nothing that is not a number.
+        record: dict[str, Any] = {name: n if math.isfinite(n) else None for name, n in metrics(report).items()}
         if report.resumed_from is not None:
             record["resumed from"] = report.resumed_from
         if report.skipped_files:
