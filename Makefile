@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
+JOBS ?= 2
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -37,8 +38,8 @@ $(DEV): $(STAMP)
 demo: $(STAMP) ## train, resume and generate on this machine; DATA=folder takes your own MP4 files
 	$(RUN) scripts/demo.py $(if $(DATA),--data '$(DATA)') --output outputs/demo
 
-test: $(DEV) ## the tests that need no GPU
-	$(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
+test: $(DEV) ## the tests that need no GPU, JOBS=2 files at a time; many of them start several processes
+	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 
 test-layouts: $(DEV) ## every parallel layout against one process (slow)
 	$(RUN) -m pytest -q -m layouts
