@@ -43,9 +43,10 @@ def flip(path, prefix):
 
 
 def without_common(path):
-    """Makes a checkpoint look as if Megatron-Core 0.19 had written it."""
+    """Makes a checkpoint look as if Megatron-Core 0.19 had written it, if it has not."""
     metadata = read_metadata(path)
-    metadata.storage_data[MetadataIndex("common_state/shard_0_1")] = next(iter(metadata.storage_data.values()))
+    some_place = next(iter(metadata.storage_data.values()))
+    metadata.storage_data.setdefault(MetadataIndex("common_state/shard_0_1"), some_place)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     (path / "common.pt").unlink(missing_ok=True)
 

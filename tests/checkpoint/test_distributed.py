@@ -73,10 +73,11 @@ def test_a_model_that_reads_text_is_not_taken_for_one_that_does_not(results):
     assert "v2w is not of the configured model: 56 unexpected: layers.0.cross_attention.wq.weight" in results["text"]
 
 
-def test_what_a_newer_megatron_has_written_is_named(results):
+def test_what_a_newer_megatron_has_written_is_loaded_by_it_and_named_by_others(results):
     if Version(megatron.core.__version__) >= Version("0.19"):
-        pytest.skip("this Megatron-Core is the newer one")
-    assert "newer was written by megatron-core 0.19 or newer" in results["newer"] and "\n" not in results["newer"]
+        assert results["newer"] == "no error"
+    else:
+        assert "newer was written by megatron-core 0.19 or newer" in results["newer"] and "\n" not in results["newer"]
 
 
 def test_another_model_is_not_resumed(results):
