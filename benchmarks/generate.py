@@ -5,19 +5,15 @@
 
 Weights are random. ``share_of_bandwidth`` is what a token must read (weights of layers and head, and the filled cache)
 over the peak of the GPU's memory. ``--kernels`` adds the time of each kernel in one step in the middle of the clip.
-Where ``--ahead-mib`` has several values, or ``--tiles`` (what linear_tiles.py found) may replace the tiles of
-triton_ops.py, each case first takes 200 steps with each, and then the whole clip with the fastest.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +28,6 @@ from cosmos_mcore.inference.generate import TokenGenerator
 from cosmos_mcore.inference.network import CachedNetwork
 from cosmos_mcore.inference.offload import tensors_of
 from cosmos_mcore.inference.sampling import SamplingOptions
-from cosmos_mcore.inference.triton_ops import Tiles
 from cosmos_mcore.inference.weights import quantize, weights_from
 from cosmos_mcore.model.init import initial_tensor
 from cosmos_mcore.model.presets import PRESETS
@@ -140,12 +135,6 @@ def measure(
     }
 
 
-def use(setting: tuple[float, dict[Any, Tiles]]) -> None:
-    """Sets the MiB that are read ahead, and the tiles."""
-    triton_ops.AHEAD_BYTES = int(setting[0] * 2**20)
-    triton_ops.BEST_TILES = setting[1]
-
-
 def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,30 +145,15 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=7680)
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--no-overlap", action="store_true", help="without programmatic dependent launch")
-    ahead = triton_ops.AHEAD_BYTES / 2**20
-    parser.add_argument("--ahead-mib", type=float, nargs="+", default=[ahead], help="for triton_ops.AHEAD_BYTES")
-    parser.add_argument("--tiles", type=Path, help="a file that linear_tiles.py wrote")
     args = parser.parse_args()
     if args.no_overlap:
         triton_ops.OVERLAP = False
-    tables = [triton_ops.BEST_TILES]
-    if args.tiles is not None:
-        timed = {tuple(key): Tiles(*tiles) for key, tiles in json.loads(args.tiles.read_text())}
-        tables.insert(0, {**triton_ops.BEST_TILES, **timed})
-    settings = list(itertools.product(args.ahead_mib, tables))
     network = build(args.preset, (33, 640, 1024))
     for case in args.cases:
         batch, _, precision = case.partition(":")
         tested, idle_bytes = network, 0
         if precision == "fp8":  # the layers in bfloat16 stay for the cases that follow
             tested, idle_bytes = in_fp8(network), sum(tensor.nbytes for tensor in tensors_of(network.weights.layers))
-        tried = []
-        if len(settings) > 1:
-            for number in range(len(settings)):
-                use(settings[number])
-                tried.append((measure(tested, int(batch), args.prompt, 200, False)["ms_per_step"], number))
-        ahead_mib, table = settings[min(tried)[1] if tried else 0]
-        use((ahead_mib, table))
         result = measure(tested, int(batch), args.prompt, args.new, args.kernels, idle_bytes)
         line = {
             "case": case,
@@ -189,9 +163,6 @@ def main() -> None:
             "overlap": not args.no_overlap,
             "processes": world_size(),
             **result,
-            "ahead_mib": ahead_mib,
-            "timed_tiles": table is not tables[-1],
-            "tried": [(settings[number][0], settings[number][1] is not tables[-1], ms) for ms, number in tried],
         }
         if is_rank_zero():
             print(json.dumps({**line, **environment()}), flush=True)

@@ -7,8 +7,7 @@
 part tests python -m pytest -q tests/gpu/test_generation.py
 part 4b python benchmarks/generate.py --kernels --cases 1 1:fp8 8 8:fp8
 part 4b_no_overlap python benchmarks/generate.py --no-overlap
-part tiles python benchmarks/linear_tiles.py "$output/tiles.json"
-part 4b_tiles python benchmarks/generate.py --cases 1 1:fp8 8 --tiles "$output/tiles.json"
+part tiles python benchmarks/decode_tiles.py
 part offload python benchmarks/offload.py
 part 1b python benchmarks/generate.py --preset 1b
 part 12b python benchmarks/generate.py --preset 12b --cases 1 1:fp8

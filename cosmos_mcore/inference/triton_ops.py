@@ -23,12 +23,11 @@ from cosmos_mcore.inference.weights import Matrix
 MAX_ROWS = 16  # two of the tensor cores' smallest tiles; with more, sums would take the registers of loads
 ATTEND_PROGRAMS = 128  # one per SM of an H100, with as many keys and values on the way as its shared memory holds
 _ATTEND_WARPS = 4  # attend_kernel counts on 128 threads
-_FEW_SPLITS = 8  # with fewer parts of a cache, a program has so much of it to read that larger blocks pay
 _SAMPLE_BLOCK = 1024
 _ROUNDS = 6  # of 32 ways: 2^30, all floats from 0 to 1
 # While kernels change, so many bytes of what the next one reads come into the L2 cache: about 4 us of an H100's memory,
-# a quarter of its L2. 0: none, and the next kernel may start up at once.
-AHEAD_BYTES = 12 * 2**20
+# a quarter of its L2. With several sequences kernels take longer to end.
+AHEAD_BYTES, BATCH_AHEAD_BYTES = 12 * 2**20, 20 * 2**20
 _SMS, _SHARED = 132, 220 * 2**10  # of an H100: multiprocessors, and the bytes that each has for its programs
 # A kernel starts up while the one before still runs (programmatic dependent launch, from Hopper on): about a
 # microsecond each for some 120 kernels per step. Triton can say so from 3.4 on (torch 2.8).
@@ -51,29 +50,38 @@ class Tiles(NamedTuple):
 TILES = {4: Tiles(32, 128, 4, 3), 2: Tiles(32, 256, 4, 4), 1: Tiles(32, 256, 4, 6)}
 # Two matrices at once. All 896 programs of the 4B's (and its siblings') fit an H100 at once, seven per SM: with three
 # per SM, the last few of a second round would read alone.
-GATED_TILES = {4: Tiles(32, 64, 4, 3), 2: Tiles(16, 128, 2, 3), 1: Tiles(16, 256, 1, 3)}
-# What timing found better (benchmarks/linear_tiles.py, H100), by channels, inputs, bytes of a weight, gated.
+GATED_TILES = {4: Tiles(32, 64, 4, 3), 2: Tiles(16, 128, 2, 4), 1: Tiles(16, 256, 1, 3)}
+# What makes steps of the 4B faster (benchmarks/decode_tiles.py, H100), by channels, inputs, bytes of a weight, gated.
 BEST_TILES: dict[tuple[int, int, int, bool], Tiles] = {
-    (6144, 4096, 2, False): Tiles(16, 512, 4, 4),
-    (4096, 4096, 2, False): Tiles(16, 256, 2, 4),
-    (4096, 14336, 2, False): Tiles(16, 256, 2, 4),
-    (6144, 4096, 1, False): Tiles(16, 256, 2, 4),
-    (4096, 4096, 1, False): Tiles(16, 512, 2, 4),
-    (4096, 14336, 1, False): Tiles(16, 512, 4, 6),
+    (6144, 4096, 2, False): Tiles(16, 256, 2, 6),
+    (4096, 4096, 2, False): Tiles(16, 512, 4, 4),
+    (4096, 14336, 2, False): Tiles(16, 512, 4, 3),
+    (6144, 4096, 1, False): Tiles(32, 512, 4, 3),
+    (4096, 4096, 1, False): Tiles(16, 512, 4, 6),
+    (4096, 14336, 1, False): Tiles(32, 256, 2, 6),
 }
 
 
 @cache
-def _attend_bytes() -> int:
-    """How many bytes of keys and values a program of ``attend_kernel`` may have on the way."""
+def _attend_block_bytes() -> int:
+    """Of keys and values: what a program of ``attend_kernel`` takes at a time. It has three such blocks on the way."""
     if not torch.cuda.is_available():
-        return 3 * 2**15
+        return 2**15
     shared = getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", 0)  # new in torch 2.5
-    return (6 if shared > 200_000 else 3) * 2**15
+    return 2**16 if shared > 200_000 else 2**15
+
+
+def _ahead_bytes(rows: int) -> int:
+    return AHEAD_BYTES if rows == 1 else BATCH_AHEAD_BYTES
 
 
 def _launch() -> dict[str, bool]:
     return {"OVERLAP": True, "launch_pdl": True} if OVERLAP else {"OVERLAP": False}
+
+
+def tiles_of(channels: int, inner: int, size: int, gated: bool) -> Tiles:
+    """How ``linear`` cuts a product: [channels, inner] weights of ``size`` bytes, two such matrices if gated."""
+    return BEST_TILES.get((channels, inner, size, gated)) or (GATED_TILES if gated else TILES)[size]
 
 
 def _fetched(wanted: int, most: int, stride: int) -> int:
@@ -97,11 +105,11 @@ def linear(
     matrices = 2 if gated else 1
     channels, size = len(weight.data) // matrices, weight.data.element_size()
     out = torch.empty(rows, channels, dtype=dtype or x.dtype, device=x.device)
-    tiles = BEST_TILES.get((channels, inner, size, gated)) or (GATED_TILES if gated else TILES)[size]
+    tiles = tiles_of(channels, inner, size, gated)
     grid = triton.cdiv(channels, tiles.n)
     columns = 32 * tiles.warps // tiles.n  # threads per channel, as they fetch
     resident = _SMS * max(1, _SHARED // (tiles.stages * tiles.k * tiles.n * size * matrices))  # programs at once
-    ahead = min(inner, AHEAD_BYTES // (min(grid, resident) * tiles.n * size * matrices))
+    ahead = min(inner, _ahead_bytes(rows) // (min(grid, resident) * tiles.n * size * matrices))
     kernels.linear_kernel[(grid,)](
         x,
         weight.data,
@@ -113,7 +121,7 @@ def linear(
         channels,
         inner,
         eps,
-        ahead if AHEAD_BYTES else inner,
+        ahead,
         _fetched(ahead * size // columns, inner * size // columns, inner * size),
         NORM=norm is not None,
         GATED=gated,
@@ -151,8 +159,7 @@ def attend(
     maxima, sums = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=qkv.device)
     block_d = max(16, triton.next_power_of_2(size))
     position_bytes = 2 * size * keys.element_size()  # of keys and values
-    ahead = AHEAD_BYTES // (batch * groups * splits * position_bytes)
-    stage = 2**16 if splits < _FEW_SPLITS and _attend_bytes() > 2**17 else 2**15
+    ahead = _ahead_bytes(batch) // (batch * groups * splits * position_bytes)
     kernels.attend_kernel[(batch * groups, splits)](
         qkv,
         keys,
@@ -168,17 +175,17 @@ def attend(
         capacity,
         math.log2(math.e) / math.sqrt(size),
         eps,
-        ahead if AHEAD_BYTES else capacity,
+        ahead,
         _fetched(ahead * position_bytes // 256, capacity * position_bytes // 256, size * keys.element_size()),
         QUERIES=queries,
         SIZE=size,
         BLOCK_Q=max(16, triton.next_power_of_2(queries)),
         BLOCK_D=block_d,
-        BLOCK_S=min(128, stage // (2 * block_d * keys.element_size())),
+        BLOCK_S=min(128, _attend_block_bytes() // (2 * block_d * keys.element_size())),
         SPLITS=splits,
         **_launch(),
         num_warps=_ATTEND_WARPS,
-        num_stages=_attend_bytes() // stage,
+        num_stages=3,
     )
     out = torch.empty(batch, heads * size, dtype=qkv.dtype, device=qkv.device)
     kernels.combine_kernel[(batch * heads,)](
