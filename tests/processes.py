@@ -17,7 +17,8 @@ def environment(**changes: str) -> dict[str, str]:
     """The environment of a child that finds the package and uses one thread; nothing of a launcher around pytest."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
     inherited = {name: value for name, value in os.environ.items() if name not in launcher}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **changes}
 
 
 def free_port() -> int:

@@ -70,7 +70,10 @@ class ReleasedTokenizer(VideoTokenizer):
         self._encoder = self._load(path / ENCODER_FILE, weights, Encoder, ENCODER_NORM, device)
         weights = _read_weights(path / DECODER_FILE, _DECODER_CONSTANTS)
         self._decoder = self._load(path / DECODER_FILE, weights, Decoder, DECODER_NORM, device)
-        self._graphs = _Graphs(self._ids) if device.type == "cuda" else None
+        encoder = self._encoder  # not self: a tokenizer in a cycle of references would keep its memory when dropped
+        self._ids: Callable[[Tensor], Tensor] = lambda video: quantize(encoder(video))
+        if device.type == "cuda":
+            self._ids = _Graphs(self._ids)
 
     @property
     def fingerprint(self) -> str:
@@ -84,14 +87,10 @@ class ReleasedTokenizer(VideoTokenizer):
             return self._encoder(video)
 
     def _encode_chunks(self, video: Tensor) -> Tensor:
-        run = self._ids if self._graphs is None else self._graphs
-        return torch.cat([run(clip) for clip in video.split(1)])
+        return torch.cat([self._ids(clip) for clip in video.split(1)])
 
     def _decode_chunks(self, ids: Tensor) -> Tensor:
         return torch.cat([self._decoder(ids_to_codes(clip)) for clip in ids.split(1)])
-
-    def _ids(self, video: Tensor) -> Tensor:
-        return quantize(self._encoder(video))
 
     def _load(
         self,
