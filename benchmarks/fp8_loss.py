@@ -119,7 +119,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         top.plot(steps, smoothed, label=label, linewidth=1.6)
         if name != "bf16":
             bottom.plot(steps, 100 * (smoothed - base) / base, label=label, color=top.lines[-1].get_color())
-    bottom.axhspan(-0.5, 0.5, color="0.92", label="0.5 %")
+    for limit in (-0.5, 0.5):
+        bottom.axhline(limit, color="0.4", linewidth=0.8, linestyle="--", label="0.5 %" if limit > 0 else None)
     bottom.axhline(0, color="0.6", linewidth=0.8)
     top.set(ylabel="cross entropy, mean of 20 steps", title=result["title"])
     bottom.set(ylabel="difference from bf16 (%)", xlabel="step")
