@@ -19,3 +19,15 @@ part() { # name, command
     grep -h "^error: " "$output/$name.err" || tail -n 30 "$output/$name.out" "$output/$name.err"
   fi
 }
+
+curves() { # folders of two runs: the largest relative difference of their losses, over the iterations of both
+  python - "$1/metrics.jsonl" "$2/metrics.jsonl" <<'END'
+import json, sys
+from pathlib import Path
+def curve(file):
+    return {record["iteration"]: record["lm loss"] for record in map(json.loads, Path(file).read_text().splitlines())}
+one, other = map(curve, sys.argv[1:])
+both = one.keys() & other.keys()
+print(f"{sys.argv[2]}: loss within {max(abs(other[i] / one[i] - 1) for i in both):.1e} of {sys.argv[1]}, {len(both)} iterations")
+END
+}

@@ -1,30 +1,45 @@
-"""Profiles optimizer steps of any config: a Chrome trace, and the costliest kernels on standard output.
+"""Profiles optimizer steps of any config: a Chrome trace, the costliest kernels, and one JSON line of sums.
 
     python benchmarks/profile_step.py conf/teal_tp1.yaml precision.fp8=delayed --trace step.json
 
-Ids and weights are random, as in ``train_step.py``. Open the trace in https://ui.perfetto.dev.
+Ids and weights are random, as in ``train_step.py``. Open the trace in https://ui.perfetto.dev. Communication counts as
+exposed while no other kernel runs; waiting for other ranks is part of it. All figures are those of the first rank.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from train_step import ROOT, check, prepare, release
+from train_step import ROOT, check, environment, prepare, release
 
 from cosmos_mcore.config import RunConfig, load_config
 from cosmos_mcore.parallel.command_line import run_command
 from cosmos_mcore.parallel.launch import is_rank_zero, processes_to_start, run_processes
 
 
-def profile_steps(
-    config: RunConfig, trace: Path | None, steps: int = 3, warmup: int = 5
-) -> list[tuple[str, float, int]]:
+class Profile(NamedTuple):
+    """What one step costs.
+
+    Attributes:
+        kernels: (kernel, milliseconds, calls) of every kernel (on a CPU: operator), costliest first.
+        communication_ms: of NCCL's kernels together.
+        exposed_ms: while a kernel of NCCL runs, and no other.
+    """
+
+    kernels: list[tuple[str, float, int]]
+    communication_ms: float
+    exposed_ms: float
+
+
+def profile_steps(config: RunConfig, trace: Path | None, steps: int = 3, warmup: int = 5) -> Profile:
     """Profiles ``steps`` steps after ``warmup`` others.
 
     Args:
@@ -32,9 +47,6 @@ def profile_steps(
         trace: where the Chrome trace goes, on rank 0.
         steps: how many.
         warmup: how many before, unprofiled.
-
-    Returns:
-        (kernel, milliseconds per step, calls per step) of every kernel (on a CPU: operator), costliest first.
     """
     step = prepare(config, real=False)
     for _ in range(warmup):
@@ -56,7 +68,39 @@ def profile_steps(
             totals[event.key][0] += cost / 1e3 / steps
             totals[event.key][1] += event.count / steps
     rows = [(name, ms, round(count)) for name, (ms, count) in totals.items()]
-    return sorted(rows, key=lambda row: -row[1])
+    spans = []
+    if on_gpu:
+        events = [event for event in profiler.events() if event.device_type == device]
+        spans = [(event.name, event.time_range.start, event.time_range.end) for event in events]
+    together, exposed = communication(spans)
+    return Profile(sorted(rows, key=lambda row: -row[1]), together / 1e3 / steps, exposed / 1e3 / steps)
+
+
+def communication(spans: list[tuple[str, float, float]]) -> tuple[float, float]:
+    """Sums over kernels: how long those of NCCL run, and how long one of them runs while no other kernel does.
+
+    Args:
+        spans: name, start and end of each kernel, in any unit and order.
+    """
+    together = sum(end - start for name, start, end in spans if is_communication(name))
+    edges = sorted(
+        (time, change, is_communication(name))
+        for name, start, end in spans
+        for time, change in ((start, 1), (end, -1))
+        if end > start
+    )
+    exposed, running, before = 0.0, {True: 0, False: 0}, 0.0
+    for time, change, sends in edges:
+        if running[True] and not running[False]:
+            exposed += time - before
+        running[sends] += change
+        before = time
+    return together, exposed
+
+
+def is_communication(name: str) -> bool:
+    """Whether a kernel of this name is one of NCCL's."""
+    return name.startswith("nccl")
 
 
 def short(name: str, width: int = 90) -> str:
@@ -79,12 +123,18 @@ def main(argv: list[str]) -> int:
     check(config, real=False)
     if count := processes_to_start(config):
         return run_processes(count, sys.argv)
-    rows = profile_steps(config, args.trace)
+    result = profile_steps(config, args.trace)
     if is_rank_zero():
-        total = sum(ms for _, ms, _ in rows)
-        for name, ms, count in rows[: args.top]:
+        total = sum(ms for _, ms, _ in result.kernels)
+        for name, ms, count in result.kernels[: args.top]:
             print(f"{ms:9.3f} ms {ms / total:6.1%} {count:6d} x  {short(name)}")
-        print(f"{total:9.3f} ms of kernels per step, {len(rows)} kinds")
+        line = {
+            "kernels_ms": round(total, 3),
+            "kinds": len(result.kernels),
+            "communication_ms": round(result.communication_ms, 3),
+            "exposed_communication_ms": round(result.exposed_ms, 3),
+        }
+        print(json.dumps({**line, **environment()}))
     release()
     return 0
 

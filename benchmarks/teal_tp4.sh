@@ -25,18 +25,6 @@ train() { # name, number of GPUs, overrides: its files lie in $output/NAME/$run
     $(layout "$count") "${all[@]}" "$@"
 }
 
-curves() { # two runs: the largest relative difference of their losses, over the iterations of both
-  python - "$output/$1/$run/metrics.jsonl" "$output/$2/$run/metrics.jsonl" <<'END'
-import json, sys
-from pathlib import Path
-def curve(file):
-    return {record["iteration"]: record["lm loss"] for record in map(json.loads, Path(file).read_text().splitlines())}
-one, other = map(curve, sys.argv[1:])
-both = one.keys() & other.keys()
-print(f"{sys.argv[2]}: loss within {max(abs(other[i] / one[i] - 1) for i in both):.1e} of {sys.argv[1]}, {len(both)} iterations")
-END
-}
-
 train weights 1 checkpoint.load=null training.train_iters=1 optimizer.lr=1e-12 schedule.min_lr=0 checkpoint.export_original=true
 mkdir -p "$output/model"
 mv "$output/weights/$run"/checkpoints/*.pt "$output/model/model.pt" && rm -r "$output/weights"
@@ -51,7 +39,7 @@ train tp2 2 "$load" training.train_iters="$steps" checkpoint.save_interval=10000
 train tp4_fp8 4 "$from_shards" training.train_iters="$steps" checkpoint.save_interval=100000 precision.fp8=delayed
 train tp4 4 "$from_shards" training.train_iters="$steps" checkpoint.export_original=true
 for other in tp2 tp4 tp4_fp8; do
-  curves tp1 "$other"
+  curves "$output/tp1/$run" "$output/$other/$run"
 done
 
 exported="$output/exported"
@@ -60,7 +48,7 @@ mv "$output/tp4/$run"/checkpoints/*.pt "$exported"
 cp -r "$output/tp4" "$output/tp4_then_tp2"
 train tp4 4 training.train_iters=$((steps + 10))
 train tp4_then_tp2 2 training.train_iters=$((steps + 10))
-curves tp4 tp4_then_tp2
+curves "$output/tp4/$run" "$output/tp4_then_tp2/$run"
 
 shards=("$exported"/*_model_mp_0.pt)
 part merge python scripts/merge_autoregressive_tp_checkpoints.py -c "${shards[0]%_model_mp_0.pt}.pt" -t 4 -o "$output/merged/model.pt"

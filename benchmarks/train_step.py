@@ -140,6 +140,11 @@ def measure(config: RunConfig, steps: int = 20, warmup: int = 5, real: bool = Fa
     whole = statistics.median(clock.milliseconds(a[-1], b[-1]) for a, b in zip(marks, marks[1:], strict=False))
     clips = config.training.global_batch_size / dist.get_world_size() / whole * 1e3
     tflops = clips * flops_per_clip(arch, layout.sequence_length) / 1e12
+    memory = [None, None]
+    if clock.cuda:  # of the fullest rank: pipeline stages differ
+        peaks = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device="cuda")
+        dist.all_reduce(peaks, dist.ReduceOp.MAX)
+        memory = [round(peak / 1e9, 2) for peak in peaks.tolist()]
     return {
         "ms_per_step": round(whole, 2),
         "data_wait_ms": round(statistics.median(waited), 2),
@@ -150,8 +155,8 @@ def measure(config: RunConfig, steps: int = 20, warmup: int = 5, real: bool = Fa
         "clips_per_second": round(clips * dist.get_world_size(), 3),
         "tflops_per_gpu": round(tflops, 1),
         "mfu": round(tflops / PEAK_TFLOPS, 4),
-        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if clock.cuda else None,
-        "reserved_memory_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if clock.cuda else None,
+        "peak_memory_gb": memory[0],
+        "reserved_memory_gb": memory[1],
         "sequence_length": layout.sequence_length,
         "padded_sequence_length": layout.padded_sequence_length,
         "processes": dist.get_world_size(),
