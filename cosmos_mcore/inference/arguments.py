@@ -70,7 +70,7 @@ def add_model_arguments(original: argparse._ArgumentGroup, new: argparse._Argume
     add("--checkpoint_dir", default="checkpoints", help="folder with the downloaded models, tokenizers and decoder")
     add("--ar_model_dir", help=f"the model's folder in it; by default {BASE_MODEL}, with a prompt {TEXT_MODEL}")
     add("--disable_diffusion_decoder", action="store_true", help="make the frames with the discrete tokenizer")
-    add("--disable_guardrail", action="store_true", help="do not check the videos")
+    add("--disable_guardrail", action="store_true", help="do not check prompts and videos")
     add("--offload_ar_model", action="store_true", help="keep the model in CPU memory while it does not generate")
     add("--offload_tokenizer", action="store_true", help="load the tokenizer for each use, and free it afterwards")
     add("--offload_diffusion_decoder", action="store_true", help="keep it in CPU memory while it makes no frames")

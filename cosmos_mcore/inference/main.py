@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
     # Only now torch, after the mistakes that can be found without it.
     with lasting_imports():
         from cosmos_mcore.inference import assemble
-        from cosmos_mcore.inference.guardrail import find_guardrail
+        from cosmos_mcore.inference.guardrail import blocked_prompts, find_guardrail
         from cosmos_mcore.inference.inputs import (
             Failures,
             Item,
@@ -123,11 +123,23 @@ def main(arguments: list[str]) -> int:
     if first is None:
         raise ValueError(f"none of the {count} inputs in {args.batch_input_path} can be read")
     device, group = assemble.join_processes(config)
-    texts = source.embed(prompts, device, group) if prompts else {}
+    checks = is_rank_zero() and not args.disable_guardrail
+    guardrail = find_guardrail(device, arch.text_to_video) if checks else None
+    blocked = blocked_prompts(guardrail, prompts, device, group)
+    if blocked and not batch:
+        raise ValueError("the guardrail blocks this prompt, so nothing is generated")
+    for item in items:
+        if item.prompt in blocked:
+            failures.add(item.name, "the guardrail blocks this prompt, so no video is made of it")
+    allowed = [prompt for prompt in prompts if prompt not in blocked]
+    texts = source.embed(allowed, device, group) if allowed else {}
     pipeline = load_pipeline(args, config, arch, checkpoint, device, group)
-    guardrail = None if args.disable_guardrail or not is_rank_zero() else find_guardrail(pipeline.device)
     written = 0
     for inputs, clips in itertools.chain([first], batches):
+        good = [number for number, item in enumerate(inputs) if item.prompt not in blocked]
+        if not good:
+            continue
+        inputs, clips = [inputs[number] for number in good], clips[good]
         for result in _continue(pipeline, args, options, inputs, clips, texts):
             video = result.made.video if guardrail is None else guardrail.check(result.made.video)
             if video is None:

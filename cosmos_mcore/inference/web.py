@@ -136,6 +136,8 @@ class Studio:
             if not prompt:
                 raise ValueError("say in the prompt what the video shows")
             self._prompts.check([prompt])
+            if self._guardrail is not None and not self._guardrail.allows(prompt):
+                raise ValueError("the guardrail blocks this prompt")
         data = self._config.data
         given = read_conditioning(source, GIVEN_FRAMES, data.height, data.width, data.frame_stride)
         num_given = check_given(self.pipeline.layout, given.shape[2:], num_frames)

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     device, group = assemble.join_processes(config)
     pipeline = load_pipeline(args, config, arch, checkpoint, device, group)
     prompts = prompt_source(args, config) if arch.text_to_video else None
-    guardrail = None if args.disable_guardrail else find_guardrail(pipeline.device)
+    guardrail = None if args.disable_guardrail else find_guardrail(pipeline.device, arch.text_to_video)
     with (
         tempfile.TemporaryDirectory(prefix="cosmos_mcore_") as folder,
         Studio(pipeline, config, prompts, guardrail, Path(folder)) as studio,

@@ -35,8 +35,8 @@ def write_guardrail(folder) -> None:
     """A package ``cosmos_guardrail`` without weights, which says whether the hub's package may download any."""
     folder.mkdir()
     (folder / "cosmos_guardrail.py").write_text(
-        "import huggingface_hub\n\n\n"
+        "from huggingface_hub import constants\n\n\n"
         "class CosmosSafetyChecker:\n"
         "    def __init__(self):\n"
-        "        raise OSError(f'hub offline: {huggingface_hub.constants.HF_HUB_OFFLINE}')\n"
+        "        raise OSError(f'hub offline: {constants.HF_HUB_OFFLINE}')\n"
     )

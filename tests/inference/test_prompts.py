@@ -57,9 +57,9 @@ def arguments(folder, *more):
     return ["--checkpoint_dir", str(folder / "downloads"), "--ar_model_dir", "Video2World", *map(str, more)]
 
 
-def generate(folder, *more):
+def generate(folder, *more, packages="packages"):
     script = [sys.executable, "examples/generate_video.py", *arguments(folder, *more)]
-    env = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{folder / 'packages'}")
+    env = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{folder / packages}")
     return subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 
@@ -105,6 +105,36 @@ def test_a_batch_with_prompts(one_process):
     assert "UNCHECKED: no guardrail, since its weights cannot be loaded (OSError: hub offline: True)" in done.stdout
     assert "embedded 2 prompts" in done.stdout
     assert "decoded 51 frames" in done.stdout, "three videos at once"
+
+
+BLOCKS_THE_SUN = """
+class CosmosSafetyChecker:
+    video_guardrail = text_guardrail = None
+
+    def check_text_safety(self, prompt):
+        return "sun" not in prompt
+
+    def check_video_safety(self, frames):
+        return frames
+"""
+
+
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_blocked_prompt_makes_no_video(folder, one_process, tmp_path, batch):
+    (folder / "strict").mkdir(exist_ok=True)
+    (folder / "strict" / "cosmos_guardrail.py").write_text(BLOCKS_THE_SUN)
+    if batch:
+        given = ["--batch_input_path", folder / "batch.jsonl", "--num_gpus=2"]
+    else:
+        given = ["--input_type=text_and_video", f"--prompt={SUN}", f"--input_image_or_video_path={folder / 'clip.mp4'}"]
+    done = generate(folder, *given, "--temperature=0", "--video_save_folder", tmp_path, packages="strict")
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == (["0.mp4", "2.mp4"] if batch else [])
+    if batch:
+        assert done.stdout.count("error: 3: the guardrail blocks this prompt, so no video is made of it") == 1
+        assert "2 of 4 videos were not written" in done.stdout and "embedded 1 prompts" in done.stdout
+    else:
+        assert done.stderr.splitlines()[-1] == "error: the guardrail blocks this prompt, so nothing is generated"
 
 
 @pytest.mark.layouts

@@ -108,6 +108,9 @@ class Checker:
     def __init__(self, passes):
         self.passes = passes
 
+    def check_text_safety(self, prompt):
+        return prompt != "sun"
+
     def check_video_safety(self, frames):
         self.passes -= 1
         return frames // 2 if self.passes >= 0 else None
@@ -150,6 +153,9 @@ def test_a_model_that_reads_text_is_told_the_prompt(uploads, tmp_path, monkeypat
     assert [text.shape for text in told] == [(1, 5, 16)] and (told[0] == 2).all()
     assert empty.message == "error: say in the prompt what the video shows"
     assert unknown.message == "error: there is no text encoder"
+    with open_studio(pipeline, tmp_path, Guardrail(Checker(0)), Prompts()) as studio:
+        states = list(studio.continue_upload(clip, "sun", 25, 1.0, 0.8, 0))
+    assert states == [State("error: the guardrail blocks this prompt", failed=True)] and len(told) == 1
 
 
 def test_who_leaves_early_does_not_hold_up_the_next_one(studio, pipeline, uploads, monkeypatch):
