@@ -7,6 +7,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,31 +123,32 @@ def main(arguments: list[str]) -> int:
     first = next(batches, None)  # a mistake in the first input shall not cost the loading of a model
     if first is None:
         raise ValueError(f"none of the {count} inputs in {args.batch_input_path} can be read")
-    device, group = assemble.join_processes(config)
-    checks = is_rank_zero() and not args.disable_guardrail
-    guardrail = find_guardrail(device, arch.text_to_video) if checks else None
-    blocked = blocked_prompts(guardrail, prompts, device, group)
-    if blocked and not batch:
-        raise ValueError("the guardrail blocks this prompt, so nothing is generated")
-    for item in items:
-        if item.prompt in blocked:
-            failures.add(item.name, "the guardrail blocks this prompt, so no video is made of it")
-    allowed = [prompt for prompt in prompts if prompt not in blocked]
-    texts = source.embed(allowed, device, group) if allowed else {}
-    pipeline = load_pipeline(args, config, arch, checkpoint, device, group)
-    written = 0
-    for inputs, clips in itertools.chain([first], batches):
-        good = [number for number, item in enumerate(inputs) if item.prompt not in blocked]
-        if not good:
-            continue
-        inputs, clips = [inputs[number] for number in good], clips[good]
-        for result in _continue(pipeline, args, options, inputs, clips, texts):
-            video = result.made.video if guardrail is None else guardrail.check(result.made.video)
-            if video is None:
-                failures.add(result.name, "the guardrail blocks this video, so it is not written")
+    with full_memory_told(args):
+        device, group = assemble.join_processes(config)
+        checks = is_rank_zero() and not args.disable_guardrail
+        guardrail = find_guardrail(device, arch.text_to_video) if checks else None
+        blocked = blocked_prompts(guardrail, prompts, device, group)
+        if blocked and not batch:
+            raise ValueError("the guardrail blocks this prompt, so nothing is generated")
+        for item in items:
+            if item.prompt in blocked:
+                failures.add(item.name, "the guardrail blocks this prompt, so no video is made of it")
+        allowed = [prompt for prompt in prompts if prompt not in blocked]
+        texts = source.embed(allowed, device, group) if allowed else {}
+        pipeline = load_pipeline(args, config, arch, checkpoint, device, group)
+        written = 0
+        for inputs, clips in itertools.chain([first], batches):
+            good = [number for number, item in enumerate(inputs) if item.prompt not in blocked]
+            if not good:
                 continue
-            _write(args, result, video)
-            written += 1
+            inputs, clips = [inputs[number] for number in good], clips[good]
+            for result in _continue(pipeline, args, options, inputs, clips, texts):
+                video = result.made.video if guardrail is None else guardrail.check(result.made.video)
+                if video is None:
+                    failures.add(result.name, "the guardrail blocks this video, so it is not written")
+                    continue
+                _write(args, result, video)
+                written += 1
     shut_down()
     # Not on other ranks: the launcher would end the first one, which may still be writing.
     if failures.lines and is_rank_zero():
@@ -154,6 +156,26 @@ def main(arguments: list[str]) -> int:
         logger.error("%d of %d videos were not written", videos - written, videos)
         return USER_ERROR
     return 0
+
+
+@contextmanager
+def full_memory_told(args: argparse.Namespace) -> Iterator[None]:
+    """Turns a full GPU within the block into a mistake that names the flags that help and are not used yet.
+
+    Raises:
+        ValueError: then.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        flags = ["--offload_ar_model", "--offload_tokenizer", "--fp8"]
+        if not args.disable_diffusion_decoder:
+            flags.insert(0, "--offload_diffusion_decoder")
+        unused = [flag for flag in flags if not getattr(args, flag.removeprefix("--"))]
+        helps = ", ".join([*unused, f"--num_gpus {2 * args.num_gpus}", "fewer videos at once, or smaller ones"])
+        raise ValueError(f"the GPU's memory is full ({str(error).split('. GPU')[0]}); what helps: {helps}") from error
 
 
 def find_model(args: argparse.Namespace) -> tuple[Path, Path | None]:

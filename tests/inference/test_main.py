@@ -18,6 +18,7 @@ from cosmos_mcore.inference.inputs import Item
 from cosmos_mcore.inference.video_io import write_mp4
 from cosmos_mcore.model.init import initial_tensor
 from cosmos_mcore.model.presets import resolve_arch
+from cosmos_mcore.parallel.initialize import shut_down
 from tests.checkpoint.models import save_model
 from tests.processes import ROOT, environment
 
@@ -159,6 +160,24 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch):
         assert message in str(error.value)
         assert "\n" not in str(error.value)
     assert list(made.iterdir()) == []
+
+
+def test_a_full_gpu_is_one_line_with_what_helps(folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    monkeypatch.setattr(command, "configure_logging", lambda: None)
+    monkeypatch.setattr(command, "load_pipeline", full)
+    given = ["--input_image_or_video_path", folder / "clip.mp4", "--video_save_folder", tmp_path / "made"]
+    with pytest.raises(ValueError) as error:
+        command.main(arguments(folder, *given, "--offload_tokenizer", "--disable_guardrail"))
+    assert str(error.value) == (
+        "the GPU's memory is full (CUDA out of memory. Tried to allocate 2.00 GiB); what helps: "
+        "--offload_diffusion_decoder, --offload_ar_model, --fp8, --num_gpus 2, fewer videos at once, or smaller ones"
+    )
+    shut_down()
 
 
 def test_a_model_trained_in_fp8_is_generated_with_in_its_own_precision(tmp_path):
