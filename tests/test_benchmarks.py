@@ -101,3 +101,22 @@ def test_exposed_communication(monkeypatch):
         ("ncclDevKernel_Send", 30, 33), ("copy", 31, 32),
     ]  # fmt: skip
     assert communication(spans[::-1]) == (10 + 8 + 3, (18 - 10) + 2)
+
+
+def test_tiles_are_changed_for_what_is_faster_twice(monkeypatch):
+    pytest.importorskip("triton", reason="Triton comes with torch for GPUs only")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from decode_tiles import choose
+
+    used, lucky = [], iter([10.0, 10.0, 20.0, 8.0, 9.0, 10.0, 10.0])
+
+    def measure():
+        return [{"slow": 12.0, "fast": 9.0}.get(used[-1]) or next(lucky), 5.0]
+
+    results = choose(["first", "slow", "fast"], used.append, measure)
+    assert [setting for _, setting, _ in results] == ["fast", "first", "slow"] and used[-1] == "fast"
+    assert results[0] == (0.95, "fast", [9.0, 5.0])
+    used.clear()
+    lucky = iter([10.0, 10.0, 8.0, 10.0, 10.0])  # in use; in use and another, once; in use and the other, once more
+    assert choose(["first", "other"], used.append, lambda: [next(lucky)])[0][1] == "other"
+    assert used[-1] == "first"
