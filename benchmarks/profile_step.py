@@ -63,14 +63,14 @@ def profile_steps(config: RunConfig, trace: Path | None, steps: int = 3, warmup:
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     for event in profiler.key_averages():
-        if event.device_type == device:
+        if event.device_type == device and is_kernel(event.key):
             cost = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             totals[event.key][0] += cost / 1e3 / steps
             totals[event.key][1] += event.count / steps
     rows = [(name, ms, round(count)) for name, (ms, count) in totals.items()]
     spans = []
     if on_gpu:
-        events = [event for event in profiler.events() if event.device_type == device]
+        events = [event for event in profiler.events() if event.device_type == device and is_kernel(event.name)]
         spans = [(event.name, event.time_range.start, event.time_range.end) for event in events]
     together, exposed = communication(spans)
     return Profile(sorted(rows, key=lambda row: -row[1]), together / 1e3 / steps, exposed / 1e3 / steps)
@@ -98,9 +98,14 @@ def communication(spans: list[tuple[str, float, float]]) -> tuple[float, float]:
     return together, exposed
 
 
+def is_kernel(name: str) -> bool:
+    """Whether it is no mark over kernels, such as ``nccl:all_gather``, which PyTorch puts over those of NCCL."""
+    return not name.startswith("nccl:")
+
+
 def is_communication(name: str) -> bool:
     """Whether a kernel of this name is one of NCCL's."""
-    return name.startswith("nccl")
+    return name.startswith("nccl") and is_kernel(name)
 
 
 def short(name: str, width: int = 90) -> str:

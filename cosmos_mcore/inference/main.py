@@ -123,17 +123,18 @@ def main(arguments: list[str]) -> int:
     first = next(batches, None)  # a mistake in the first input shall not cost the loading of a model
     if first is None:
         raise ValueError(f"none of the {count} inputs in {args.batch_input_path} can be read")
-    with full_memory_told(args):
+    with full_memory_told(args, config.parallel.tensor_model_parallel_size, arch):
         device, group = assemble.join_processes(config)
         checks = is_rank_zero() and not args.disable_guardrail
         guardrail = find_guardrail(device, arch.text_to_video) if checks else None
         blocked = blocked_prompts(guardrail, prompts, device, group)
-        if blocked and not batch:
-            raise ValueError("the guardrail blocks this prompt, so nothing is generated")
+        allowed = [prompt for prompt in prompts if prompt not in blocked]
+        if blocked and not allowed:
+            which = "every prompt" if batch else "this prompt"
+            raise ValueError(f"the guardrail blocks {which}, so nothing is generated")
         for item in items:
             if item.prompt in blocked:
                 failures.add(item.name, "the guardrail blocks this prompt, so no video is made of it")
-        allowed = [prompt for prompt in prompts if prompt not in blocked]
         texts = source.embed(allowed, device, group) if allowed else {}
         pipeline = load_pipeline(args, config, arch, checkpoint, device, group)
         written = 0
@@ -159,8 +160,8 @@ def main(arguments: list[str]) -> int:
 
 
 @contextmanager
-def full_memory_told(args: argparse.Namespace) -> Iterator[None]:
-    """Turns a full GPU within the block into a mistake that names the flags that help and are not used yet.
+def full_memory_told(args: argparse.Namespace, gpus: int, arch: ModelArch) -> Iterator[None]:
+    """Turns a full GPU within the block into a mistake that names what helps and is not used yet.
 
     Raises:
         ValueError: then.
@@ -174,7 +175,8 @@ def full_memory_told(args: argparse.Namespace) -> Iterator[None]:
         if not args.disable_diffusion_decoder:
             flags.insert(0, "--offload_diffusion_decoder")
         unused = [flag for flag in flags if not getattr(args, flag.removeprefix("--"))]
-        helps = ", ".join([*unused, f"--num_gpus {2 * args.num_gpus}", "fewer videos at once, or smaller ones"])
+        more = [f"--num_gpus {2 * gpus}"] if 2 * gpus <= arch.num_query_groups else []
+        helps = ", ".join([*unused, *more, "fewer videos at once, or smaller ones"])
         raise ValueError(f"the GPU's memory is full ({str(error).split('. GPU')[0]}); what helps: {helps}") from error
 
 

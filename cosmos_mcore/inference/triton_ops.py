@@ -26,7 +26,7 @@ _ATTEND_WARPS = 4  # attend_kernel counts on 128 threads
 _SAMPLE_BLOCK = 1024
 _ROUNDS = 6  # of 32 ways: 2^30, all floats from 0 to 1
 # While kernels change, so many bytes of what the next one reads come into the L2 cache: about 4 us of an H100's memory,
-# a quarter of its L2. With several sequences kernels take longer to end.
+# a quarter of its L2. With several sequences in bf16, more is faster (docs/log.md).
 AHEAD_BYTES, BATCH_AHEAD_BYTES = 12 * 2**20, 20 * 2**20
 _SMS, _SHARED = 132, 220 * 2**10  # of an H100: multiprocessors, and the bytes that each has for its programs
 # A kernel starts up while the one before still runs (programmatic dependent launch, from Hopper on): about a
