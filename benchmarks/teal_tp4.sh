@@ -1,7 +1,7 @@
 #!/bin/bash
 # conf/teal_tp4.yaml on four GPUs, from the original's shards (random weights) to a video:
 #   bash benchmarks/teal_tp4.sh OUTPUT VIDEOS [section.key=value ...]
-# Curves at TP 4, 2, 1 and in FP8, a resume at TP 2, merge, generation, speed by number of GPUs. 200 GB of disk for the 4B.
+# Curves at TP 4, 2, 1 and in FP8, a resume at TP 2, merge, generation, speed by number of GPUs. 170 GB of disk for the 4B.
 # Rehearsal on CPUs (4 minutes): STEPS=8 and model.preset=tiny model.num_query_groups=4 data.height=64 data.width=128
 #   precision.dtype=fp32 precision.main_grads=fp32 precision.moments=fp32; what needs FP8 fails there.
 # shellcheck source=benchmarks/parts.sh
@@ -34,9 +34,11 @@ mv "$output"/model/model_model_mp_*.pt "$output/shards"
 
 load=checkpoint.load="$output/model/model.pt"
 from_shards=checkpoint.load="$output/shards/model.pt"
-train tp1 1 "$load" training.train_iters="$steps" checkpoint.save_interval=100000
-train tp2 2 "$load" training.train_iters="$steps" checkpoint.save_interval=100000
-train tp4_fp8 4 "$from_shards" training.train_iters="$steps" checkpoint.save_interval=100000 precision.fp8=delayed
+once=(training.train_iters="$steps" checkpoint.save_interval=100000)
+train tp1 1 "$load" "${once[@]}"
+train tp2 2 "$load" "${once[@]}"
+train tp4_fp8 4 "$from_shards" "${once[@]}" precision.fp8=delayed
+rm -rf "$output"/tp*/"$run"/checkpoints # 40 GB each
 train tp4 4 "$from_shards" training.train_iters="$steps" checkpoint.export_original=true
 for other in tp2 tp4 tp4_fp8; do
   curves "$output/tp1/$run" "$output/$other/$run"
