@@ -42,6 +42,12 @@ if mode != "succeeds":
 """
 
 
+def heed_signals():
+    """As from a terminal: a shell's background job, with pytest in it, ignores SIGINT, and under nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Launched:
     """A launcher and its ranks, found by a mark in their environment."""
 
@@ -55,7 +61,7 @@ class Launched:
         command = [*before, sys.executable, "-c", LAUNCHER, str(count), str(folder / "rank.py"), mode, str(self.folder)]
         env = environment(MARK=self.mark, TMPDIR=str(self.temporary))
         del env["OMP_NUM_THREADS"]
-        self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals)
 
     def wait_for_ranks(self, count):
         deadline = time.monotonic() + 60
